@@ -1,0 +1,42 @@
+"""Secrets: access tokens. (A provider's API key is in ``providers.api_key``, sealed.)"""
+
+from __future__ import annotations
+
+from django.contrib.postgres.fields import ArrayField
+from django.db import models
+from django.db.models.functions import Now
+
+from billing.models import Account
+
+
+class AccessToken(models.Model):
+    """Proof of who calls the API: a prefix to look up and an HMAC to prove, never the token."""
+
+    class Scope(models.TextChoices):
+        SELECT = "select", "ask for models"
+        USAGE = "usage", "report and read usage"
+        KEYS_USE = "keys:use", "borrow an account's key for an open selection"
+        ACCOUNTS_WRITE = "accounts:write", "create accounts at a tier"
+
+    name = models.CharField(max_length=100, help_text="What it is for.")
+    account = models.ForeignKey(
+        Account,
+        null=True,
+        blank=True,
+        on_delete=models.CASCADE,
+        related_name="tokens",
+        help_text="Empty: a service token, which acts for the user_id that a request names.",
+    )
+    prefix = models.CharField(max_length=12, unique=True, editable=False)
+    digest = models.BinaryField(max_length=32, editable=False)
+    scopes = ArrayField(models.CharField(max_length=20, choices=Scope.choices))
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    last_used_at = models.DateTimeField(null=True, editable=False)
+    revoked_at = models.DateTimeField(null=True, editable=False)
+
+    class Meta:
+        ordering = ("-created_at",)
+
+    def __str__(self) -> str:
+        return f"{self.name} (msw_{self.prefix}_…)"

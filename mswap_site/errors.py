@@ -1,0 +1,127 @@
+"""One error base, one JSON shape, one handler: ``{"error": {"code", "message", …}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from django.core.exceptions import SuspiciousOperation
+from django.db import DatabaseError, InterfaceError, OperationalError
+from django.http import Http404, HttpRequest, JsonResponse
+from rest_framework import exceptions
+from rest_framework.response import Response
+
+logger = logging.getLogger(__name__)
+
+
+class MswapError(Exception):
+    """An answer to the caller that is not a success.
+
+    ``code`` is for programs, ``message`` for people, ``extra`` are further fields of the answer
+    (never a secret). ``retry_after`` is in whole seconds.
+    """
+
+    status = 400
+    code = "invalid"
+    message = "The request is not valid."
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after: int | None = None,
+        **extra: Any,
+    ) -> None:
+        self.message = message or self.message
+        self.code = code or self.code
+        self.status = status or self.status
+        self.retry_after = retry_after
+        self.extra = extra
+        super().__init__(self.message)
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"code": self.code, "message": self.message, **self.extra}}
+
+
+class Invalid(MswapError):
+    """400: the input is wrong; ``field`` names where."""
+
+
+class NotAuthenticated(MswapError):
+    status, code = 401, "not_authenticated"
+    message = "Send a valid token: Authorization: Bearer <token>."
+
+
+class Forbidden(MswapError):
+    status, code = 403, "forbidden"
+
+
+class NotFound(MswapError):
+    """404: absent, or another account's, which is the same to the caller."""
+
+    status, code = 404, "not_found"
+    message = "There is no such thing, or it is not yours."
+
+
+class Conflict(MswapError):
+    status, code = 409, "conflict"
+
+
+class Unavailable(MswapError):
+    status, code = 503, "unavailable"
+    message = "The service can't answer right now. Nothing was charged; try again."
+
+
+def as_mswap_error(error: Exception) -> MswapError | None:
+    """``error`` in our own words; None for what is a defect of ours."""
+    if isinstance(error, MswapError):
+        return error
+    if isinstance(error, exceptions.MethodNotAllowed):
+        return MswapError(str(error.detail), code="method_not_allowed", status=405)
+    if isinstance(error, exceptions.UnsupportedMediaType):
+        return MswapError(str(error.detail), code="unsupported_media_type", status=415)
+    if isinstance(error, exceptions.NotAcceptable):
+        return MswapError(str(error.detail), code="not_acceptable", status=406)
+    if isinstance(error, exceptions.APIException):
+        return MswapError(str(error.detail), code=error.default_code, status=error.status_code)
+    if isinstance(error, Http404):
+        return NotFound()
+    if isinstance(error, SuspiciousOperation):
+        return Invalid("The request can't be accepted.", code="suspicious")
+    if isinstance(error, OperationalError | InterfaceError):
+        logger.warning("database unavailable: %s", type(error).__name__)
+        return Unavailable("The database does not answer. Nothing was charged; try again.")
+    return None
+
+
+def handle_api_error(error: Exception, context: dict[str, Any]) -> Response:
+    """DRF's EXCEPTION_HANDLER. A defect is logged here and shown without a word of its inside."""
+    known = as_mswap_error(error)
+    if known is None:
+        # Not exc_info of the request: its body may carry what must not be logged.
+        logger.exception("defect in %s", type(context.get("view")).__name__)
+        if isinstance(error, DatabaseError):
+            known = Unavailable("The database refused this. Nothing was charged; try again.")
+        else:
+            known = MswapError(
+                "This is a defect of ours; it has been logged.", code="internal", status=500
+            )
+    headers = {}
+    if known.retry_after is not None:
+        headers["Retry-After"] = str(known.retry_after)
+    if known.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(known.body(), status=known.status, headers=headers)
+
+
+def not_found(request: HttpRequest, exception: Exception | None = None) -> JsonResponse:
+    """handler404: the same shape for an address that no route knows."""
+    return JsonResponse(NotFound("No such address.").body(), status=404)
+
+
+def server_error(request: HttpRequest) -> JsonResponse:
+    """handler500: the last resort outside DRF (a page, a middleware)."""
+    error = MswapError("This is a defect of ours; it has been logged.", code="internal", status=500)
+    return JsonResponse(error.body(), status=500)

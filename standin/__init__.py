@@ -1,0 +1,1 @@
+"""Stand-ins for what ModelSwapper meets in production: AI providers, and AutoModel."""

@@ -1,0 +1,111 @@
+"""Who calls, for which account, and what stands there: read together, in one round trip.
+
+The authentication of ``keys`` looks up the token and joins what the view needs to the same
+statement, so that a hot request makes one read and one write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rest_framework.request import Request
+
+from billing.ledger import EFFECTIVE_TIER, counters_array, rolled_over
+from billing.limits import LIMITS, LimitStates
+from mswap_site.errors import Forbidden, NotAuthenticated, NotFound
+
+TIER_AND_COUNTERS = f"""
+    a.id AS account_id, a.external_id, a.tier_id, t.code AS effective_tier,
+    t.max_price_per_1k_usd, t.own_keys,
+    COALESCE(t.approval_threshold_usd, t.usd_per_request / 2) AS approval_threshold_usd,
+    m.stopped_at, s.at AS read_at, {counters_array("s")} AS counters
+"""
+METER = f"""
+    JOIN billing_meter m ON m.account_id = a.id
+    JOIN LATERAL (
+        SELECT r.at, {", ".join(f"t.{limit.name}" for limit in LIMITS)}, {rolled_over("r")}
+        FROM (SELECT m.*, GREATEST(now(), m.minute_start) AS at) r
+    ) s ON true
+"""
+
+# Both may refer to the row `k`, whose account_id is NULL for a service token.
+ACCOUNT_CONTEXT = f"""
+    SELECT {TIER_AND_COUNTERS},
+        h.id AS hold_id, h.request_digest, h.context::text AS hold_context,
+        h.counters AS hold_counters, h.held_usd, h.admitted_at, h.expires_at
+    FROM billing_account a
+    {EFFECTIVE_TIER}
+    {METER}
+    LEFT JOIN billing_hold h
+        ON h.account_id = a.id AND h.idempotency_key = %(idempotency_key)s::text
+    WHERE a.id = COALESCE(k.account_id,
+        (SELECT id FROM billing_account WHERE external_id = %(user_id)s::text))
+"""
+HOLD_CONTEXT = """
+    SELECT a.id AS account_id, a.external_id, a.tier_id,
+        h.id AS hold_id, h.state, h.unreported, h.overrun, h.report_digest, h.charged_usd,
+        h.admitted_at, h.ended_at, h.ended_counters, h.own_key, h.context::text AS hold_context
+    FROM billing_hold h JOIN billing_account a ON a.id = h.account_id
+    WHERE h.id = %(request_id)s::uuid AND (k.account_id IS NULL OR k.account_id = h.account_id)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls: a service token (``account_id`` None), a personal token, or a browser session.
+
+    ``scopes`` None: a session, which may do what its account may. ``row`` is what the view's
+    context statement found, or has None in ``row.account_id``.
+    """
+
+    account_id: int | None
+    scopes: frozenset[str] | None
+    row: Any
+    token_id: int | None = None
+
+    # What Django and DRF ask of a user.
+    is_authenticated: ClassVar[bool] = True
+    is_active: ClassVar[bool] = True
+    is_anonymous: ClassVar[bool] = False
+
+    @property
+    def is_service(self) -> bool:
+        return self.account_id is None
+
+    @property
+    def pk(self) -> int | None:
+        return self.token_id
+
+    def require(self, scope: str) -> None:
+        """Raises Forbidden, naming the scope, where the token lacks it."""
+        if self.scopes is not None and scope not in self.scopes:
+            raise Forbidden(
+                f"This token does not have the scope “{scope}”.", code="scope_required", scope=scope
+            )
+
+    def has(self, scope: str) -> bool:
+        """Whether a token has a scope that a session never has."""
+        return self.scopes is not None and scope in self.scopes
+
+    def check_names(self, user_id: str | None) -> None:
+        """Raises NotFound where a personal token or session names another account."""
+        if not self.is_service and user_id not in (None, self.row.external_id):
+            raise NotFound
+
+    @property
+    def limits(self) -> LimitStates:
+        return LimitStates.from_counters(self.row.counters, self.row.read_at)
+
+
+def caller_of(request: Request) -> Caller:
+    """The caller that authentication found. Raises NotAuthenticated where it found none."""
+    if not isinstance(request.auth, Caller):
+        raise NotAuthenticated
+    return request.auth
+
+
+def named_account(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of ACCOUNT_CONTEXT from what a request names."""
+    return {"user_id": None, "user_tier": None, "idempotency_key": None, **params}

@@ -1,0 +1,274 @@
+"""The six MSWAP tables, mapped by name, and what ModelSwapper adds to them.
+
+ChatChonk's database has these tables already; migration 0001 states them as they stand there and
+`migrate --fake-initial` adopts them. Their columns keep their names. Additions have database
+defaults, so that a row written by older code is still valid.
+"""
+
+from __future__ import annotations
+
+import uuid
+from decimal import Decimal
+from typing import Any
+
+from django.contrib.postgres.fields import ArrayField
+from django.contrib.postgres.functions import RandomUUID
+from django.core.validators import MaxValueValidator, MinValueValidator
+from django.db import models
+from django.db.models.functions import Now
+
+from billing.models import Account
+from billing.money import UsdField
+
+
+class NumericField(models.DecimalField):
+    """PostgreSQL's ``numeric`` without precision, as the MSWAP tables have it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("max_digits", 40)
+        kwargs.setdefault("decimal_places", 20)
+        super().__init__(*args, **kwargs)
+
+    def db_type(self, connection: Any) -> str:
+        return "numeric"
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        # Not quantized to decimal_places: the column keeps what it is given.
+        return (
+            value
+            if value is None or hasattr(value, "resolve_expression")
+            else self.to_python(value)
+        )
+
+
+class Provider(models.Model):
+    """An API that serves models, under a system key or (``account`` set) an account's own key."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, db_default=RandomUUID())
+    name = models.TextField()
+    provider_type = models.TextField()
+    api_key = models.TextField(
+        blank=True, help_text="Ciphertext (keys.crypto); empty while no key is stored."
+    )
+    base_url = models.TextField(null=True, blank=True)
+    organization_id = models.TextField(null=True, blank=True)
+    enabled = models.BooleanField(default=True, db_default=True)
+    priority = models.IntegerField(default=0, db_default=0)
+    regions = ArrayField(models.TextField(), default=list, blank=True)
+    metadata = models.JSONField(default=dict, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True, db_default=Now())
+    updated_at = models.DateTimeField(auto_now=True, db_default=Now())
+
+    account = models.ForeignKey(
+        Account,
+        null=True,
+        blank=True,
+        on_delete=models.PROTECT,
+        related_name="providers",
+        help_text="Empty: a provider of ours (system key).",
+    )
+
+    class Meta:
+        db_table = "providers"
+        ordering = ("name",)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Model(models.Model):
+    """A model at a provider. Usable when enabled and priced; an unknown price is never free."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, db_default=RandomUUID())
+    provider = models.ForeignKey(
+        Provider, on_delete=models.CASCADE, related_name="models", db_index=False
+    )
+    name = models.TextField()
+    capabilities = ArrayField(models.TextField())
+    context_length = models.IntegerField(validators=[MinValueValidator(1)])
+    cost_per_1k_prompt_tokens = NumericField(validators=[MinValueValidator(0)])
+    cost_per_1k_completion_tokens = NumericField(validators=[MinValueValidator(0)])
+    regions = ArrayField(models.TextField(), default=list, blank=True)
+    enabled = models.BooleanField(default=True, db_default=True)
+    reliability = NumericField(
+        default=Decimal("0.99"), validators=[MinValueValidator(0), MaxValueValidator(1)]
+    )
+    avg_latency = models.IntegerField(default=0, validators=[MinValueValidator(0)], help_text="ms")
+    metadata = models.JSONField(default=dict, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True, db_default=Now())
+    updated_at = models.DateTimeField(auto_now=True, db_default=Now())
+
+    price = models.ForeignKey(
+        "Price",
+        null=True,
+        blank=True,
+        editable=False,
+        on_delete=models.PROTECT,
+        related_name="+",
+        db_index=False,
+        help_text="The price in force. Empty: unknown, so the model is not used.",
+    )
+
+    class Meta:
+        db_table = "models"
+        ordering = ("name",)
+        indexes = [models.Index(fields=("provider", "name"), name="models_provider_name")]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Price(models.Model):
+    """A price that a model had from a moment on. Rows are never changed: usage rows name them."""
+
+    model = models.ForeignKey(
+        Model, on_delete=models.CASCADE, related_name="prices", db_index=False
+    )
+    schedule = models.JSONField(
+        help_text="swapper.pricing.PriceSchedule: tiers, cache, conditions."
+    )
+    prompt_per_1k = NumericField()
+    completion_per_1k = NumericField()
+    source = models.TextField(help_text='Where it is from: "genai-prices 0.2.3", "staff", …')
+    effective_from = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        ordering = ("-effective_from", "-id")
+        indexes = [models.Index(fields=("model", "effective_from"), name="price_model_from")]
+
+    def __str__(self) -> str:
+        return f"{self.prompt_per_1k:f} / {self.completion_per_1k:f} ({self.source})"
+
+
+class TaskType(models.Model):
+    """What AutoModel wants done; ``metadata.required_capabilities`` says what a model must have."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, db_default=RandomUUID())
+    name = models.TextField(unique=True)
+    description = models.TextField(null=True, blank=True)
+    metadata = models.JSONField(default=dict, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True, db_default=Now())
+    updated_at = models.DateTimeField(auto_now=True, db_default=Now())
+
+    class Meta:
+        db_table = "task_types"
+        ordering = ("name",)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class TaskPerformance(models.Model):
+    """How a model does at a task here."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, db_default=RandomUUID())
+    task_type = models.ForeignKey(TaskType, on_delete=models.CASCADE, db_index=False)
+    model = models.ForeignKey(
+        Model, on_delete=models.CASCADE, related_name="task_performance", db_index=False
+    )
+    success_rate = NumericField(default=0)
+    avg_latency = models.IntegerField(default=0, help_text="ms")
+    avg_cost = NumericField(default=0, help_text="USD")
+    sample_size = models.IntegerField(default=0)
+    last_success_at = models.DateTimeField(null=True, blank=True)
+    last_failure_at = models.DateTimeField(null=True, blank=True)
+    metadata = models.JSONField(default=dict, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True, db_default=Now())
+    updated_at = models.DateTimeField(auto_now=True, db_default=Now())
+
+    class Meta:
+        db_table = "task_performance"
+        constraints = [
+            models.UniqueConstraint(
+                fields=("task_type", "model"), name="task_performance_task_type_id_model_id_key"
+            )
+        ]
+
+
+class GlobalPerformance(models.Model):
+    """How a model does at a task across installations."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, db_default=RandomUUID())
+    task_type = models.TextField()
+    provider_type = models.TextField()
+    model_name = models.TextField()
+    success_rate = NumericField(default=0)
+    avg_latency = models.IntegerField(default=0, help_text="ms")
+    avg_cost = NumericField(default=0, help_text="USD")
+    sample_size = models.IntegerField(default=0)
+    installations = models.IntegerField(default=1)
+    last_updated = models.DateTimeField(auto_now=True, db_default=Now())
+    metadata = models.JSONField(default=dict, blank=True)
+
+    class Meta:
+        db_table = "global_performance"
+        constraints = [
+            models.UniqueConstraint(
+                fields=("task_type", "provider_type", "model_name"),
+                name="global_performance_task_type_provider_type_model_name_key",
+            )
+        ]
+
+
+class UsageLog(models.Model):
+    """One call to a provider: the one that answered, or a failed attempt before it."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, db_default=RandomUUID())
+    user_id = models.TextField(null=True, help_text="The account's external_id.")
+    provider = models.ForeignKey(Provider, on_delete=models.PROTECT, db_index=False)
+    model = models.ForeignKey(Model, on_delete=models.PROTECT, db_index=False)
+    prompt_tokens = models.IntegerField()
+    completion_tokens = models.IntegerField()
+    cost = NumericField(help_text="USD")
+    latency = models.IntegerField(help_text="ms")
+    success = models.BooleanField(default=True, db_default=True)
+    error = models.TextField(null=True)
+    task_type = models.ForeignKey(TaskType, null=True, on_delete=models.PROTECT, db_index=False)
+    metadata = models.JSONField(default=dict)
+    created_at = models.DateTimeField(auto_now_add=True, db_default=Now())
+
+    request_id = models.UUIDField(null=True, help_text="The hold it was charged to.")
+    price = models.ForeignKey(
+        Price, null=True, on_delete=models.PROTECT, related_name="+", db_index=False
+    )
+    cached_prompt_tokens = models.IntegerField(default=0, db_default=0)
+    error_kind = models.TextField(null=True)
+    own_key = models.BooleanField(default=False, db_default=False)
+    unreported = models.BooleanField(default=False, db_default=False)
+
+    class Meta:
+        db_table = "usage_logs"
+        ordering = ("-created_at",)
+        indexes = [
+            models.Index(fields=("user_id", "created_at"), name="usage_logs_user_created"),
+            models.Index(fields=("request_id",), name="usage_logs_request"),
+        ]
+
+
+class UsageHour(models.Model):
+    """Rollup of usage logs: one account, hour of admission (UTC), model, task and key.
+
+    Dashboards and GET usage read this, never a scan of usage_logs.
+    """
+
+    account = models.ForeignKey(Account, on_delete=models.PROTECT, db_index=False)
+    hour = models.DateTimeField()
+    model = models.ForeignKey(Model, on_delete=models.PROTECT, db_index=False)
+    task_type = models.ForeignKey(TaskType, null=True, on_delete=models.PROTECT, db_index=False)
+    own_key = models.BooleanField()
+    calls = models.BigIntegerField()
+    successes = models.BigIntegerField()
+    prompt_tokens = models.BigIntegerField()
+    completion_tokens = models.BigIntegerField()
+    cost = UsdField()
+    latency_ms = models.BigIntegerField(help_text="Sum over the calls.")
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=("account", "hour", "model", "task_type", "own_key"),
+                nulls_distinct=False,
+                name="usage_hour_cell",
+            )
+        ]
+        indexes = [models.Index(fields=("hour", "model"), name="usage_hour_model")]

@@ -1,0 +1,241 @@
+"""What became of a selection: reports, expiry, and the totals that follow from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+from django.utils import timezone
+
+from billing import ledger
+from billing.limits import LimitStates
+from billing.models import Hold
+from billing.money import ZERO, plain
+from mswap_site.errors import Conflict, Invalid, NotFound
+from swapper import messages, pricing
+from swapper.catalogue import catalogue, schedule
+from swapper.messages import Attempt, UsageReport
+from swapper.models import Model
+from swapper.services import Stored, read_stored
+
+# Written in the statement that ends the hold, and only if it ends it: a log row per call, and the
+# hourly rollup. A late report takes back the row that the expiry had written.
+END_AND_RECORD = ledger.end_statement(
+    """,
+calls AS MATERIALIZED (
+    SELECT e.id AS request_id, e.account_id, e.hour, e.at, e.own_key, r.*,
+        CASE WHEN r.unreported THEN e.charged_usd ELSE r.call_cost END AS cost
+    FROM ended e, jsonb_to_recordset(%(calls)s::jsonb) AS r(
+        model_id uuid, provider_id uuid, task_type_id uuid, price_id bigint, prompt_tokens int,
+        completion_tokens int, cached_prompt_tokens int, call_cost numeric, latency_ms int,
+        success boolean, error text, error_kind text, unreported boolean, metadata jsonb)
+), taken_back AS (
+    DELETE FROM usage_logs u USING ended e
+    WHERE e.was_unreported AND u.request_id = e.id AND u.unreported
+    RETURNING e.account_id, e.hour, e.own_key, u.model_id, u.task_type_id, u.prompt_tokens,
+        u.completion_tokens, u.cost
+), logged AS (
+    INSERT INTO usage_logs (user_id, provider_id, model_id, prompt_tokens, completion_tokens, cost,
+        latency, success, error, task_type_id, metadata, created_at, request_id, price_id,
+        cached_prompt_tokens, error_kind, own_key, unreported)
+    SELECT %(user_id)s::text, c.provider_id, c.model_id, c.prompt_tokens, c.completion_tokens,
+        c.cost, c.latency_ms, c.success, c.error, c.task_type_id, c.metadata, c.at, c.request_id,
+        c.price_id, c.cached_prompt_tokens, c.error_kind, c.own_key, c.unreported
+    FROM calls c
+), rolled_up AS (
+    INSERT INTO swapper_usagehour AS u (account_id, hour, model_id, task_type_id, own_key, calls,
+        successes, prompt_tokens, completion_tokens, cost, latency_ms)
+    SELECT account_id, hour, model_id, task_type_id, own_key, sum(calls), sum(successes),
+        sum(prompt_tokens), sum(completion_tokens), sum(cost), sum(latency_ms)
+    FROM (
+        SELECT account_id, hour, model_id, task_type_id, own_key, 1 AS calls,
+            success::int AS successes, prompt_tokens, completion_tokens, cost, latency_ms
+        FROM calls
+        UNION ALL
+        SELECT account_id, hour, model_id, task_type_id, own_key, -1, 0, -prompt_tokens,
+            -completion_tokens, -cost, 0
+        FROM taken_back
+    ) s
+    GROUP BY account_id, hour, model_id, task_type_id, own_key
+    -- One order for everyone, so that two reports can't wait for each other.
+    ORDER BY model_id, task_type_id
+    ON CONFLICT (account_id, hour, model_id, task_type_id, own_key) DO UPDATE SET
+        calls = u.calls + EXCLUDED.calls, successes = u.successes + EXCLUDED.successes,
+        prompt_tokens = u.prompt_tokens + EXCLUDED.prompt_tokens,
+        completion_tokens = u.completion_tokens + EXCLUDED.completion_tokens,
+        cost = u.cost + EXCLUDED.cost, latency_ms = u.latency_ms + EXCLUDED.latency_ms
+)"""
+)
+
+
+def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
+    """Charge what a selection really cost; return the answer and whether it is a repetition.
+
+    ``row`` is a row of context.HOLD_CONTEXT. Raises NotFound, Invalid (a model that is not
+    known), Conflict (another report came first); after any of them nothing was changed.
+    """
+    if row.hold_id is None:
+        raise NotFound("There is no such request_id, or it is not yours.")
+    digest = messages.digest(report)
+    if row.state != Hold.State.OPEN and not row.unreported:
+        return repeated(row, digest), True
+
+    stored = read_stored(row.hold_context)
+    calls = [
+        *(call_of(attempt, attempt.success, stored, row) for attempt in report.attempts or ()),
+        call_of(report, report.success, stored, row, quality=report.quality),
+    ]
+    end = ledger.settle if report.success else ledger.release
+    ended = end(
+        row.hold_id,
+        row.account_id,
+        usd=sum((call["call_cost"] for call in calls), ZERO),
+        tokens=sum(call["prompt_tokens"] + call["completion_tokens"] for call in calls),
+        report_digest=digest,
+        statement=END_AND_RECORD,
+        record={"calls": as_recordset(calls), "user_id": row.external_id},
+    )
+    if ended is None:
+        hold = Hold.objects.get(pk=row.hold_id)
+        return repeated(hold, digest), True
+    answer = answer_of(row.hold_id, report.success, ended.charged_usd, ended.overrun, ended.limits)
+    return answer, False
+
+
+def as_recordset(calls: Iterable[Mapping[str, Any]]) -> str:
+    return json.dumps(list(calls), default=str)
+
+
+def call_of(
+    call: Attempt | UsageReport, success: bool, stored: Stored, row: Any, **metadata: Any
+) -> dict[str, Any]:
+    """A row for usage_logs, priced at what was in force when the hold was taken."""
+    model_id = call.model_id.lower()
+    link = next((link for link in stored.chain if link.id == model_id), None)
+    if link is not None:
+        price_id, provider_id = link.price_id, link.provider_id
+    else:
+        price_id, provider_id = outside_the_chain(model_id, row)
+    cost = pricing.cost(
+        schedule(price_id),
+        call.prompt_tokens,
+        call.completion_tokens,
+        call.cached_prompt_tokens or 0,
+        at=row.admitted_at,
+    )
+    return {
+        "model_id": model_id,
+        "provider_id": provider_id,
+        "task_type_id": stored.task_type_id,
+        "price_id": price_id,
+        "prompt_tokens": call.prompt_tokens,
+        "completion_tokens": call.completion_tokens,
+        "cached_prompt_tokens": call.cached_prompt_tokens or 0,
+        "call_cost": cost.total,
+        "latency_ms": call.latency_ms,
+        "success": success,
+        "error": call.error,
+        "error_kind": call.error_kind,
+        "unreported": False,
+        "metadata": {key: value for key, value in metadata.items() if value is not None},
+    }
+
+
+def outside_the_chain(model_id: str, row: Any) -> tuple[int, str]:
+    """(price id, provider id) of a model that the selection did not name but that answered.
+
+    It is charged at its price of now: what was really spent counts. Raises Invalid where there is
+    no such model for this account, or it has no price.
+    """
+    card = catalogue.snapshot().table.by_id.get(model_id)
+    if card is not None:
+        return card.price_id, card.provider_id
+    model = Model.objects.filter(pk=model_id).select_related("provider").first()
+    if model is None or model.provider.account_id not in (None, row.account_id):
+        raise Invalid(f"There is no model {model_id}.", field="model_id")
+    if model.price_id is None:
+        raise Invalid(f"Model {model_id} has no known price.", field="model_id")
+    return model.price_id, str(model.provider_id)
+
+
+def repeated(row: Any, digest: bytes) -> dict[str, Any]:
+    """The answer that the first report got. Raises Conflict for another report."""
+    if bytes(row.report_digest or b"") != digest:
+        raise Conflict(
+            "This request was already reported, with other content.", code="already_reported"
+        )
+    return answer_of(
+        getattr(row, "hold_id", None) or row.id,
+        row.state == Hold.State.SETTLED,
+        row.charged_usd,
+        row.overrun,
+        LimitStates.from_counters(row.ended_counters, row.ended_at),
+    )
+
+
+def answer_of(
+    request_id: Any,
+    success: bool,
+    cost: Decimal,
+    overrun: bool,
+    limits: LimitStates,
+) -> dict[str, Any]:
+    return {
+        "request_id": request_id,
+        "state": "settled" if success else "released",
+        "cost": plain(cost),
+        "overrun": overrun,
+        "limits": limits.as_json(),
+    }
+
+
+def expire_overdue(limit: int = 500) -> int:
+    """Charge every hold that is overdue at its held amount; return how many this call ended."""
+    ended = 0
+    while True:
+        overdue = list(
+            Hold.objects.filter(state=Hold.State.OPEN, expires_at__lte=timezone.now())
+            .select_related("account")
+            .order_by("expires_at")[:limit]
+        )
+        for hold in overdue:
+            ended += (
+                ledger.expire(
+                    hold.pk,
+                    hold.account_id,
+                    statement=END_AND_RECORD,
+                    record={
+                        "calls": as_recordset(unreported_call(hold)),
+                        "user_id": hold.account.external_id,
+                    },
+                )
+                is not None
+            )
+        if len(overdue) < limit:
+            return ended
+
+
+def unreported_call(hold: Hold) -> Iterator[dict[str, Any]]:
+    """What usage_logs says of a hold that nobody reported: the chosen model, the held amount."""
+    if not hold.context:
+        return
+    stored = read_stored(json.dumps(hold.context))
+    link = stored.chain[0]
+    yield {
+        "model_id": link.id,
+        "provider_id": link.provider_id,
+        "task_type_id": stored.task_type_id,
+        "price_id": link.price_id,
+        "prompt_tokens": stored.cost_breakdown["prompt_tokens"],
+        "completion_tokens": stored.cost_breakdown["completion_tokens"],
+        "cached_prompt_tokens": 0,
+        "call_cost": hold.held_usd,
+        "latency_ms": 0,
+        "success": False,
+        "error": "not reported before the hold expired; charged at the held amount",
+        "error_kind": "other",
+        "unreported": True,
+        "metadata": {},
+    }
