@@ -42,7 +42,7 @@ from billing.limits import (
 )
 from billing.models import Hold, SystemHour
 from billing.money import ZERO, cost_amount, hold_amount
-from billing.sql import Statement
+from billing.sql import Statement, microseconds, moment
 
 
 def spent_column(limit: Limit) -> str:
@@ -232,7 +232,7 @@ WITH locked AS MATERIALIZED (
     FROM after t JOIN taken USING (account_id) JOIN answer w USING (account_id)
     RETURNING id
 )
-SELECT v.refused_by, v.at, v.at + %(ttl)s::interval AS expires_at,
+SELECT v.refused_by, {microseconds("v.at")} AS at_us,
     COALESCE(w.counters, {counters_array("v")}) AS counters,
     COALESCE(v.approval_threshold_usd, v.usd_per_request / 2) AS approval_threshold_usd,
     (SELECT count(*) FROM placed) AS placed
@@ -255,6 +255,14 @@ def moved(window: str, name: str) -> str:
     return f"{column} = m.{column} + CASE WHEN {same} THEN {deltas[name]} ELSE 0 END"
 
 
+# Asked of the statement's snapshot, where the hours' spend is read as well: while a reset is being
+# written both are as before it, afterwards both as after it, so none trips on what was accepted.
+NOT_STOPPED = (
+    "NOT EXISTS (SELECT 1 FROM billing_breakertrip o"
+    " WHERE o.account_id IS NULL AND o.reset_at IS NULL)"
+)
+
+
 def end_statement(record: str = "") -> Statement:
     """The statement that ends a hold.
 
@@ -267,7 +275,10 @@ def end_statement(record: str = "") -> Statement:
 WITH before AS MATERIALIZED (
     SELECT h.* FROM billing_hold h
     WHERE h.id = %(id)s::uuid AND h.account_id = %(account_id)s::bigint
-        AND (h.state = 'open' OR (h.state = 'expired' AND h.unreported AND %(state)s <> 'expired'))
+        AND (h.state = 'open' OR (h.state = 'expired' AND h.unreported AND %(state)s <> 'expired'
+            -- Expired already in this statement's snapshot, which then also has the rows that the
+            -- expiry wrote with it. Else (it was waited for) nothing ends, and _end asks again.
+            AND EXISTS (SELECT 1 FROM billing_hold o WHERE o.id = h.id AND o.state = 'expired')))
         AND (%(state)s <> 'expired' OR h.expires_at <= COALESCE(%(at)s::timestamptz, now()))
     FOR NO KEY UPDATE
 ), change AS MATERIALIZED (
@@ -294,7 +305,9 @@ WITH before AS MATERIALIZED (
     FROM change c
     ON CONFLICT (account_id, hour) DO UPDATE SET
         system_usd = h.system_usd + EXCLUDED.system_usd, own_usd = h.own_usd + EXCLUDED.own_usd,
-        requests = h.requests + EXCLUDED.requests, tokens = h.tokens + EXCLUDED.tokens
+        requests = h.requests + EXCLUDED.requests, tokens = h.tokens + EXCLUDED.tokens,
+        -- What a reset accepted and a correction takes back was never spent: it makes no room.
+        acknowledged_usd = LEAST(h.acknowledged_usd, h.system_usd + EXCLUDED.system_usd)
     RETURNING h.account_id, h.hour, h.system_usd - h.acknowledged_usd AS unacknowledged
 ), meter AS (
     UPDATE billing_meter m SET
@@ -326,7 +339,8 @@ WITH before AS MATERIALIZED (
     SELECT c.hour, c.account_id %% {SystemHour.SHARDS}, c.spent_delta, 0
     FROM change c JOIN meter USING (account_id)
     WHERE c.spent_delta <> 0
-    ON CONFLICT (hour, shard) DO UPDATE SET spent_usd = s.spent_usd + EXCLUDED.spent_usd
+    ON CONFLICT (hour, shard) DO UPDATE SET spent_usd = s.spent_usd + EXCLUDED.spent_usd,
+        acknowledged_usd = LEAST(s.acknowledged_usd, s.spent_usd + EXCLUDED.spent_usd)
     RETURNING s.hour, s.shard, s.spent_usd - s.acknowledged_usd AS unacknowledged
 ), system_total AS (
     -- The other shards as this statement's snapshot has them: two ends at the same instant may
@@ -346,10 +360,11 @@ WITH before AS MATERIALIZED (
     UNION ALL
     SELECT NULL, c.at, t.hour, t.usd, %(system_limit)s::numeric, '', ''
     FROM system_total t, change c WHERE t.usd > %(system_limit)s::numeric
+        AND {NOT_STOPPED}
     ON CONFLICT (account_id) WHERE reset_at IS NULL DO NOTHING
     RETURNING account_id
 ){record}
-SELECT e.at, e.charged_usd, e.overrun, e.ended_counters AS counters
+SELECT {microseconds("e.at")} AS at_us, e.charged_usd, e.overrun, e.ended_counters AS counters
 FROM ended e
 """.replace("%%", "%").replace("%(state)s", "%(state)s::text")
     )
@@ -414,9 +429,10 @@ def hold(
     ``context`` is JSON that the caller wants kept with the hold. Raises DuplicateKey, and
     Account.DoesNotExist's moral equivalent, LookupError, when the account has no meter.
     """
-    usd = hold_amount(usd)
     if not usd.is_finite() or usd < 0 or tokens < 0:
         raise ValueError(f"A hold can't be {usd} USD and {tokens} tokens.")
+    usd = hold_amount(usd)
+    ttl = settings.HOLD_TTL if ttl is None else ttl
     try:
         row = PLACE.one(
             {
@@ -431,7 +447,7 @@ def hold(
                 "idempotency_key": idempotency_key,
                 "request_digest": request_digest,
                 "context": context,
-                "ttl": f"{(ttl or settings.HOLD_TTL).total_seconds()} seconds",
+                "ttl": f"{ttl.total_seconds()} seconds",
                 "at": at,
                 "emergency": settings.EMERGENCY_THRESHOLD_USD,
             }
@@ -442,12 +458,17 @@ def hold(
         raise
     if row is None:
         raise LookupError(f"Account {account_id} has no meter.")
-    limits = LimitStates.from_counters(row.counters, row.at)
+    at = moment(row.at_us)
+    limits = LimitStates.from_counters(row.counters, at)
     if row.refused_by is not None:
-        return Refused(row.refused_by, row.at, limits, row.approval_threshold_usd)
+        # What was free may have gone to this very request, sent twice at once.
+        mine = {"account_id": account_id, "idempotency_key": idempotency_key}
+        if idempotency_key is not None and Hold.objects.filter(**mine).exists():
+            raise DuplicateKey
+        return Refused(row.refused_by, at, limits, row.approval_threshold_usd)
     if row.placed != (0 if dry_run else 1):
         raise AssertionError("A hold must be inserted exactly when its amount was taken.")
-    return Placed(row.at, row.expires_at, limits, warnings_of(row.counters, limits))
+    return Placed(at, at + ttl, limits, warnings_of(row.counters, limits))
 
 
 def _end(
@@ -462,24 +483,29 @@ def _end(
     statement: Statement = END,
     record: Mapping[str, Any] | None = None,
 ) -> Ended | None:
-    row = statement.one(
-        {
-            **(record or {}),
-            "id": hold_id,
-            "account_id": account_id,
-            "state": state.value,
-            "cost": cost_amount(usd),
-            "tokens": tokens,
-            "report_digest": report_digest,
-            "at": at,
-            "emergency": settings.EMERGENCY_THRESHOLD_USD,
-            "system_limit": settings.SYSTEM_HOURLY_LIMIT_USD,
-        }
-    )
+    if not usd.is_finite() or usd < 0 or tokens < 0:
+        raise ValueError(f"A cost can't be {usd} USD and {tokens} tokens.")
+    params = {
+        **(record or {}),
+        "id": hold_id,
+        "account_id": account_id,
+        "state": state.value,
+        "cost": cost_amount(usd),
+        "tokens": tokens,
+        "report_digest": report_digest,
+        "at": at,
+        "emergency": settings.EMERGENCY_THRESHOLD_USD,
+        "system_limit": settings.SYSTEM_HOURLY_LIMIT_USD,
+    }
+    row = statement.one(params)
+    if row is None and state is not Hold.State.EXPIRED:
+        # A report that waited for the expiry of its hold corrects it in a second statement.
+        row = statement.one(params)
     if row is None:
         return None
-    limits = LimitStates.from_counters(row.counters, row.at)
-    return Ended(row.at, row.charged_usd, row.overrun, limits)
+    at = moment(row.at_us)
+    limits = LimitStates.from_counters(row.counters, at)
+    return Ended(at, row.charged_usd, row.overrun, limits)
 
 
 def settle(
@@ -506,6 +532,18 @@ def expire(hold_id: UUID, account_id: int, **how: Any) -> Ended | None:
     return _end(hold_id, account_id, Hold.State.EXPIRED, **how)
 
 
+def _lock_trip(cursor: Any, whose: str, params: list[int]) -> bool:
+    """Lock the open trip; False if there is none: what tripped nothing can't be acknowledged.
+
+    Comes before the other locks: a settlement that finds the trip locked does not wait for it.
+    """
+    cursor.execute(
+        f"SELECT 1 FROM billing_breakertrip WHERE {whose} AND reset_at IS NULL FOR NO KEY UPDATE",
+        params,
+    )
+    return cursor.fetchone() is not None
+
+
 @transaction.atomic
 def reset_account_stop(account_id: int, *, by: str, reason: str) -> bool:
     """Let an account go on after its emergency stop; False if it was not stopped.
@@ -513,6 +551,8 @@ def reset_account_stop(account_id: int, *, by: str, reason: str) -> bool:
     What it has spent so far is acknowledged: it trips again after another threshold's worth.
     """
     with connection.cursor() as cursor:
+        if not _lock_trip(cursor, "account_id = %s", [account_id]):
+            return False
         # Same order of locks as ending a hold: hours, then meter.
         cursor.execute(
             """UPDATE billing_accounthour SET acknowledged_usd = system_usd
@@ -536,9 +576,13 @@ def reset_account_stop(account_id: int, *, by: str, reason: str) -> bool:
 def reset_system_stop(*, by: str, reason: str) -> bool:
     """Let everyone go on after the system-wide stop; False if it was not tripped."""
     with connection.cursor() as cursor:
+        if not _lock_trip(cursor, "account_id IS NULL", []):
+            return False
+        # The hour that tripped it as well, however long ago: a late report looks at it again.
         cursor.execute(
-            "UPDATE billing_systemhour SET acknowledged_usd = spent_usd"
-            " WHERE hour >= now() - interval '2 days'"
+            """UPDATE billing_systemhour SET acknowledged_usd = spent_usd
+            WHERE hour >= LEAST(now() - interval '2 days', (SELECT hour FROM billing_breakertrip
+                WHERE account_id IS NULL AND reset_at IS NULL))"""
         )
         cursor.execute(
             """UPDATE billing_breakertrip SET reset_at = now(), reset_by = %s, reset_reason = %s
@@ -552,11 +596,11 @@ def guard_system_spend() -> bool:
     """Trip the system-wide stop if the last hours' spend asks for it; True if it tripped now."""
     with connection.cursor() as cursor:
         cursor.execute(
-            """
+            f"""
             INSERT INTO billing_breakertrip
                 (account_id, tripped_at, hour, seen_usd, threshold_usd, reset_by, reset_reason)
             SELECT NULL, now(), hour, sum(spent_usd - acknowledged_usd), %(limit)s, '', ''
-            FROM billing_systemhour WHERE hour >= now() - interval '2 hours'
+            FROM billing_systemhour WHERE hour >= now() - interval '2 hours' AND {NOT_STOPPED}
             GROUP BY hour HAVING sum(spent_usd - acknowledged_usd) > %(limit)s
             ORDER BY hour DESC LIMIT 1
             ON CONFLICT (account_id) WHERE reset_at IS NULL DO NOTHING

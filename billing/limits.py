@@ -104,15 +104,20 @@ class LimitStates(dict[str, LimitState]):
     @classmethod
     def from_counters(cls, counters: Sequence[Decimal | None], at: datetime) -> LimitStates:
         """``counters`` begins with (limit, spent, held) for each of LIMITS: the ledger's order."""
+        resets_at: dict[str, datetime | None] = {
+            window: window_start(window, at) + LENGTHS[window] for window in WINDOWS
+        }
+        resets_at["request"] = None
         states = cls()
-        for index, kind in enumerate(LIMITS):
-            limit, spent, held = counters[3 * index : 3 * index + 3]
-            resets_at = (
-                None
-                if kind.window == "request"
-                else window_start(kind.window, at) + LENGTHS[kind.window]
+        values = iter(counters)
+        for kind in LIMITS:
+            states[kind.name] = LimitState(
+                kind,
+                next(values),
+                next(values) or ZERO,
+                next(values) or ZERO,
+                resets_at[kind.window],
             )
-            states[kind.name] = LimitState(kind, limit, spent or ZERO, held or ZERO, resets_at)
         return states
 
     @property

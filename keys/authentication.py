@@ -30,7 +30,8 @@ NO_CONTEXT = "SELECT NULL::bigint AS account_id"
 def token_statement(context: str) -> Statement:
     """The token of a prefix, joined with what the view wants to know."""
     return Statement(f"""
-        SELECT k.id AS token_id, k.digest, k.scopes, k.account_id AS token_account_id,
+        SELECT k.id AS token_id, encode(k.digest, 'hex') AS digest,
+            array_to_string(k.scopes, ' ') AS scopes, k.account_id AS token_account_id,
             k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now()) AS valid, c.*
         FROM keys_accesstoken k LEFT JOIN LATERAL ({context}) c ON true
         WHERE k.prefix = %(prefix)s::text
@@ -58,7 +59,7 @@ class TokenAuthentication(BaseAuthentication):
     """``Authorization: Bearer msw_…``; checked in the database each time, so revoked at once."""
 
     def authenticate(self, request: Request) -> tuple[Caller, Caller] | None:
-        header = request.META.get("HTTP_AUTHORIZATION")
+        header = request._request.META.get("HTTP_AUTHORIZATION")
         if header is None:
             return None
         scheme, _, token = header.partition(" ")
@@ -69,11 +70,11 @@ class TokenAuthentication(BaseAuthentication):
         context, params = view_context(request)
         row = token_statement(context).one({**params, "prefix": prefix}, retry=True)
         # Compared also for an unknown prefix, so that the time says nothing.
-        proof = bytes(row.digest) if row else b""
-        if not hmac.compare_digest(proof, tokens.digest(prefix, secret)) or not row.valid:
+        proof = row.digest if row else ""
+        if not hmac.compare_digest(proof, tokens.digest(prefix, secret).hex()) or not row.valid:
             raise NotAuthenticated
         self._note_use(row.token_id)
-        caller = Caller(row.token_account_id, frozenset(row.scopes), row, row.token_id)
+        caller = Caller(row.token_account_id, frozenset(row.scopes.split()), row, row.token_id)
         return caller, caller
 
     def _note_use(self, token_id: int) -> None:

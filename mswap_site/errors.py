@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from django.core.exceptions import SuspiciousOperation
+from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.db import DatabaseError, InterfaceError, OperationalError
-from django.http import Http404, HttpRequest, JsonResponse
+from django.http import BadHeaderError, Http404, HttpRequest, JsonResponse, UnreadablePostError
 from rest_framework import exceptions
 from rest_framework.response import Response
 
@@ -88,7 +88,10 @@ def as_mswap_error(error: Exception) -> MswapError | None:
         return MswapError(str(error.detail), code=error.default_code, status=error.status_code)
     if isinstance(error, Http404):
         return NotFound()
-    if isinstance(error, SuspiciousOperation):
+    if isinstance(error, RequestDataTooBig):
+        return MswapError("The body is too large.", code="too_large", status=413)
+    # Unreadable: the sender went away. Bad header: a value that is sent back had a line break.
+    if isinstance(error, SuspiciousOperation | UnreadablePostError | BadHeaderError):
         return Invalid("The request can't be accepted.", code="suspicious")
     if isinstance(error, OperationalError | InterfaceError):
         logger.warning("database unavailable: %s", type(error).__name__)

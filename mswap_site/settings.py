@@ -46,6 +46,8 @@ DATABASES["default"].setdefault("OPTIONS", {}).update(
     # The hot statements are prepared once per connection: planning them anew costs more than
     # running them. The ORM sends literals, which this setting does not touch.
     options="-c plan_cache_mode=force_generic_plan -c jit=off",
+    # Django's default, None, would forbid preparing altogether; its own cursors never do.
+    prepare_threshold=5,
     connect_timeout=5,
 )
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -132,6 +134,10 @@ SPECTACULAR_SETTINGS = {
     "TITLE": "ModelSwapper",
     "DESCRIPTION": "Which model a request may use and what it may cost, before the call.",
     "VERSION": "1",
+    # 3.1 is JSON Schema itself, which msgspec writes for the messages.
+    "OAS_VERSION": "3.1.0",
+    # Not the one that moves every enum to a component of its own and invents its name.
+    "POSTPROCESSING_HOOKS": [],
     "SERVE_INCLUDE_SCHEMA": False,
     "SERVE_PERMISSIONS": ["rest_framework.permissions.AllowAny"],
     "SERVE_AUTHENTICATION": [],

@@ -548,7 +548,8 @@ class Simulation:
             self.stats.overruns += attempt.receipt.overrun
         elif attempt.report_error is not None:
             ledger.lost_reports += 1
-            self.stats.errors[f"lost report: {attempt.report_error.code}"] += 1
+            lost = attempt.report_error
+            self.stats.errors[f"lost report: {getattr(lost, 'code', type(lost).__name__)}"] += 1
 
     async def _ledger(self, account: Account) -> Ledger:
         """The account's books, opened with what it had spent before its first request here."""

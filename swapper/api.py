@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from django.http import HttpResponse
+from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
-from mswap_site.errors import Invalid, NotFound
+from billing.money import plain
+from mswap_site.errors import Invalid, MswapError, NotFound
 from mswap_site.rendering import encoder
-from swapper import context, health, messages, services, totals, usage
+from swapper import context, health, messages, openapi, services, totals, usage
 from swapper.catalogue import catalogue
 from swapper.context import Caller, caller_of
 
 KEY_MAX = 200
+
+
+class OnlyJson(BaseContentNegotiation):
+    """These views answer JSON whatever is accepted: no search for a renderer, no 406."""
+
+    def select_parser(self, request: Any, parsers: Any) -> Any:
+        return None
+
+    def select_renderer(self, request: Any, renderers: Any, format_suffix: Any = None) -> Any:
+        return renderers[0], renderers[0].media_type
+
+
+class JsonView(APIView):
+    """An API view that decodes its own body and encodes its own answer."""
+
+    content_negotiation_class = OnlyJson
 
 
 def json_response(data: Any, status: int = 200) -> HttpResponse:
@@ -27,20 +46,27 @@ class Decoded:
 
     def __init__(self, request: Request, decode: Any) -> None:
         self.message: Any = None
-        self.error: Invalid | None = None
+        self.error: MswapError | None = None
+        content_type = request._request.META.get("CONTENT_TYPE", "")
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            # Also what keeps another site's page from sending one: a form can't say JSON.
+            self.error = MswapError(
+                "Send Content-Type: application/json.", code="unsupported_media_type", status=415
+            )
+            return
         try:
-            self.message = decode(request.body)
+            self.message = decode(request._request.body)
         except Invalid as error:
             self.error = error
 
     def get(self) -> Any:
-        """The message. Raises Invalid, which comes after 401 and 403."""
+        """The message. Raises what was wrong with it, which comes after 401 and 403."""
         if self.error is not None:
             raise self.error
         return self.message
 
 
-class SelectModel(APIView):
+class SelectModel(JsonView):
     """Choose a model for a request and hold what it may cost."""
 
     scope: ClassVar[str] = "select"
@@ -59,6 +85,7 @@ class SelectModel(APIView):
             }
         )
 
+    @openapi.select_model
     def post(self, request: Request) -> HttpResponse:
         message: messages.SelectRequest = self.body.get()
         key = idempotency_key(request)
@@ -66,6 +93,8 @@ class SelectModel(APIView):
             raise Invalid(f"An Idempotency-Key has at most {KEY_MAX} characters.")
         caller = caller_of(request)
         if caller.row.account_id is None:
+            if not caller.is_service:
+                raise NotFound("There is no such account.")
             services.account_for(caller, message)
             caller = authenticate_again(request)
         caller.check_names(message.user_id)
@@ -75,8 +104,8 @@ class SelectModel(APIView):
 
 
 def idempotency_key(request: Request) -> str | None:
-    key = request.META.get("HTTP_IDEMPOTENCY_KEY")
-    return key.replace("\0", "") if key else None
+    key = request._request.META.get("HTTP_IDEMPOTENCY_KEY")
+    return key.replace("\0", "\ufffd") if key else None
 
 
 def authenticate_again(request: Request) -> Caller:
@@ -85,7 +114,7 @@ def authenticate_again(request: Request) -> Caller:
     return caller_of(request)
 
 
-class Usage(APIView):
+class Usage(JsonView):
     """Report what became of a selection (POST); read what was spent (GET)."""
 
     scope: ClassVar[str] = "usage"
@@ -101,11 +130,13 @@ class Usage(APIView):
         message: messages.UsageReport | None = self.body.message
         return {"request_id": message and message.request_id}
 
+    @openapi.report_usage
     def post(self, request: Request) -> HttpResponse:
         report = self.body.get()
         answer, repeated = usage.report_usage(caller_of(request).row, report)
         return json_response(answer, 200 if repeated else 201)
 
+    @openapi.read_usage
     def get(self, request: Request) -> HttpResponse:
         caller = account_of(request)
         row = caller.row
@@ -116,7 +147,7 @@ class Usage(APIView):
         if output not in ("json", "csv"):
             raise Invalid("format is json or csv.", field="format")
         period = totals.read_period(
-            query_text(request, "from"), query_text(request, "to"), row.read_at
+            query_text(request, "from"), query_text(request, "to"), caller.read_at
         )
         if output == "csv":
             group = group_by or "day"
@@ -128,8 +159,8 @@ class Usage(APIView):
             {
                 "account": row.external_id,
                 "tier": row.tier_id,
-                "totals": totals.totals(row.account_id, row.read_at),
-                "limits": caller.limits.as_json(),
+                "totals": totals.totals(row.account_id, caller.read_at),
+                "limits": caller.limits().as_json(),
                 "from": period.start,
                 "to": period.end,
                 "by": {
@@ -140,7 +171,7 @@ class Usage(APIView):
         )
 
 
-class Me(APIView):
+class Me(JsonView):
     """The account that the caller acts for: its tier, what it allows, and what is free."""
 
     context = context.ACCOUNT_CONTEXT
@@ -148,6 +179,7 @@ class Me(APIView):
     def context_params(self, request: Request) -> dict[str, Any]:
         return context.named_account({"user_id": query_text(request, "user_id")})
 
+    @openapi.me
     def get(self, request: Request) -> HttpResponse:
         caller = account_of(request)
         row = caller.row
@@ -157,20 +189,25 @@ class Me(APIView):
                 "tier": row.tier_id,
                 "scopes": None if caller.scopes is None else sorted(caller.scopes),
                 "own_keys": row.own_keys,
-                "max_price_per_1k": row.max_price_per_1k_usd,
-                "approval_threshold": row.approval_threshold_usd,
+                "max_price_per_1k": amount(row.max_price_per_1k_usd),
+                "approval_threshold": amount(row.approval_threshold_usd),
                 "emergency_stop": row.stopped_at is not None,
                 "stopped_at": row.stopped_at,
-                "limits": caller.limits.as_json(),
+                "limits": caller.limits().as_json(),
             }
         )
 
 
-class ModelPerformance(APIView):
+def amount(usd: Decimal | None) -> str | None:
+    return None if usd is None else plain(usd)
+
+
+class ModelPerformance(JsonView):
     """Every usable system model with its price, assumptions, and what calls showed lately."""
 
     scope: ClassVar[str] = "usage"
 
+    @openapi.model_performance
     def get(self, request: Request) -> HttpResponse:
         snapshot = catalogue.snapshot()
         measured: dict[str, list[dict[str, Any]]] = {}
@@ -196,22 +233,27 @@ class ModelPerformance(APIView):
         )
 
 
-class Health(APIView):
+class Health(JsonView):
     """Is it alive (``?check=live``), and can it do its work (the default)?"""
 
     authentication_classes = ()
     permission_classes = ()
 
+    @openapi.health
     def get(self, request: Request) -> HttpResponse:
-        if query_text(request, "check") == "live":
+        check = query_text(request, "check") or "ready"
+        if check not in ("live", "ready"):
+            raise Invalid("check is live or ready.", field="check")
+        if check == "live":
             return json_response({"status": "live"})
         state = health.readiness()
         return json_response(state, 200 if state["status"] == "ready" else 503)
 
 
 def query_text(request: Request, name: str) -> str | None:
-    """A query parameter without what PostgreSQL can't store; None where absent or empty."""
-    return (request.query_params.get(name) or "").replace("\0", "") or None
+    """A query parameter; None where absent or empty. NUL, which PostgreSQL can't store, becomes
+    U+FFFD, so that a name with it is nobody's."""
+    return (request.query_params.get(name) or "").replace("\0", "\ufffd") or None
 
 
 def account_of(request: Request) -> Caller:

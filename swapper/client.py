@@ -737,7 +737,7 @@ class Attempt:
         wait_for_limits: float,
     ) -> None:
         self.receipt: UsageReceipt | None = None
-        self.report_error: ModelSwapperError | None = None
+        self.report_error: BaseException | None = None
         self._service = service
         self._request = request
         self._idempotency_key = idempotency_key
@@ -840,9 +840,15 @@ class Attempt:
     async def _send(self, report: UsageReport) -> None:
         try:
             self.receipt = await self._service._report(report)
-        except ModelSwapperError as error:
+        except Exception as error:
+            # Whatever it is: the answer or the exception of the caller's block comes first.
             self.report_error = error
             _log_lost_report(report, error)
+        except asyncio.CancelledError as error:
+            # Not the caller, who can't reach this task: the event loop is being torn down.
+            self.report_error = error
+            _log_lost_report(report, error)
+            raise
 
 
 def _ended_well(candidate: Candidate) -> bool:
@@ -855,11 +861,11 @@ def _plain(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _log_lost_report(report: UsageReport, error: ModelSwapperError) -> None:
+def _log_lost_report(report: UsageReport, error: BaseException) -> None:
     logger.error(
         "usage report of %s lost, its hold will be charged when it expires: %s",
         report.request_id,
-        error,
+        _words_for(error),
     )
 
 

@@ -13,14 +13,23 @@ from mswap_site.errors import Invalid
 from swapper.selection import Priority
 
 MAX_TOKENS = 100_000_000
-# PostgreSQL stores no NUL, and a control character in a name is never meant.
-Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+# PostgreSQL stores no NUL, and a control character in a name is never meant. Python's `$` also
+# stands before a last line break, which the lookahead takes back.
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)")]
 FreeText = Annotated[str, Meta(max_length=2000, pattern=r"^[^\x00]*$")]
 Names = Annotated[tuple[Name, ...], Meta(max_length=50)]
 Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Id = Annotated[
     str,
     Meta(pattern=r"^[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$", max_length=36),
+]
+MAX_COST_PLACES = 20
+UsdIn = Annotated[
+    Decimal,
+    Meta(
+        description=f"USD: a string (exact) or a number, with at most {MAX_COST_PLACES} places.",
+        extra_json_schema={"type": ["string", "number"], "minimum": 0, "examples": ["0.01"]},
+    ),
 ]
 Milliseconds = Annotated[int, Meta(ge=0, le=2_147_483_647)]
 ErrorKind = Literal[
@@ -44,7 +53,7 @@ class SelectRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, fr
     prompt_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     priority: Priority = "medium"
-    max_cost: Decimal | None = None
+    max_cost: UsdIn | None = None
     preferred_providers: Names | None = ()
     excluded_providers: Names | None = ()
     min_context_length: Tokens | None = None
@@ -65,6 +74,9 @@ class SelectRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, fr
             self.max_cost.is_finite() and 0 <= self.max_cost < Decimal("1e9")
         ):
             raise ValueError("max_cost is an amount of USD, not negative.")
+        # Written out later: without this a tiny "1e-99999999" would be a very long text.
+        if self.max_cost is not None and not exponent(self.max_cost) >= -MAX_COST_PLACES:
+            raise ValueError(f"max_cost has at most {MAX_COST_PLACES} decimal places.")
 
     def tokens(self) -> tuple[int, int]:
         """(prompt, completion) tokens; an estimate counts 70 % prompt, 30 % completion."""
@@ -72,6 +84,13 @@ class SelectRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, fr
             return self.prompt_tokens or 0, self.max_completion_tokens or 0
         prompt = self.estimated_tokens * 7 // 10
         return prompt, self.estimated_tokens - prompt
+
+
+def exponent(amount: Decimal) -> int:
+    """The power of ten of a finite number's last digit."""
+    power = amount.as_tuple().exponent
+    assert isinstance(power, int)
+    return power
 
 
 class Attempt(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):

@@ -25,8 +25,8 @@ class NumericField(models.DecimalField):
     """PostgreSQL's ``numeric`` without precision, as the MSWAP tables have it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("max_digits", 40)
-        kwargs.setdefault("decimal_places", 20)
+        kwargs.setdefault("max_digits", 60)
+        kwargs.setdefault("decimal_places", 30)
         super().__init__(*args, **kwargs)
 
     def db_type(self, connection: Any) -> str:

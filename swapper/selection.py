@@ -7,7 +7,7 @@ amount that is answered or held is computed exactly by ``pricing``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -61,6 +61,7 @@ HALF_COST_PER_1K_USD = 0.002
 HALF_LATENCY_MS = 1000.0
 PREFERRED_BONUS = 0.25
 PRIORITY_BONUS = 0.05
+PARTS = ("reliability", "cost", "latency", "preference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,82 +232,88 @@ class Ranking:
             )
         return found
 
-    def candidate(self, index: int) -> Candidate:
-        weights, table = self.weights, self.table
-        return Candidate(
-            card=table.cards[index],
-            estimate_usd=self.estimate(index),
-            score=round(float(self.scores[index]), 4),
-            parts={
-                "reliability": round(float(weights.reliability * table.reliability_part[index]), 4),
-                "cost": round(float(weights.cost * cost_part(self.costs[index], self.query)), 4),
-                "latency": round(float(weights.latency * table.latency_part[index]), 4),
-                "preference": round(float(self.preference[index]), 4),
-            },
+    def candidates(self, indices: Sequence[int]) -> list[Candidate]:
+        """The models at ``indices`` with the parts of their scores."""
+        weights, table, chosen = self.weights, self.table, np.asarray(indices, dtype=np.intp)
+        parts = np.array(
+            [
+                weights.reliability * table.reliability_part[chosen],
+                weights.cost * cost_part(self.costs[chosen], self.query),
+                weights.latency * table.latency_part[chosen],
+                self.preference[chosen],
+            ]
         )
+        scores = self.scores[chosen].round(4).tolist()
+        return [
+            Candidate(
+                table.cards[index],
+                self.estimate(index),
+                score,
+                dict(zip(PARTS, values, strict=True)),
+            )
+            for index, score, values in zip(indices, scores, parts.T.round(4).tolist(), strict=True)
+        ]
 
     def best(self, count: int) -> list[Candidate]:
         """The ``count`` best, whatever they cost."""
-        return [self.candidate(int(index)) for index in self.order[:count]]
+        return self.candidates(self.order[:count].tolist())
 
     def cheapest(self) -> Candidate | None:
         """The cheapest that may serve the query, exactly; the better score wins a tie."""
         if not len(self):
             return None
         costs = self.costs[self.order]
-        near = self.order[costs <= costs.min() * (1 + 1e-9)]
-        return self.candidate(int(min(near, key=lambda index: self.estimate(int(index)))))
+        near = self.order[costs <= costs.min() * (1 + 1e-9)].tolist()
+        return self.candidates([min(near, key=self.estimate)])[0]
 
-    def affordable(self, room_usd: Decimal | None) -> Iterator[int]:
-        """Indices, best first, whose exact estimate is at most ``room_usd`` (None: no limit)."""
-        order = self.order
-        if room_usd is not None:
-            # The float comparison only narrows; its margin lets no fitting model slip.
-            order = order[self.costs[order] <= float(room_usd) * (1 + 1e-9) + 1e-12]
-        for index in order:
-            if room_usd is None or self.estimate(int(index)) <= room_usd:
-                yield int(index)
+    def within(self, indices: NDArray[np.intp], usd: Decimal | None) -> NDArray[np.intp]:
+        """Those of ``indices`` whose exact estimate is at most ``usd`` (None: no limit)."""
+        if usd is None:
+            return indices
+        # Floats decide what is clearly below; whatever is near is compared exactly.
+        costs, limit = self.costs[indices], float(usd)
+        near = limit * 1e-9 + 1e-9
+        fits = costs < limit - near
+        for position in np.flatnonzero(~fits & (costs <= limit + near)).tolist():
+            fits[position] = self.estimate(int(indices[position])) <= usd
+        return indices[fits]
 
     def choose(
         self, room_usd: Decimal | None, chain_cap_usd: Decimal | None = None
     ) -> Choice | None:
         """The best model that fits ``room_usd``, with its fallback chain; None if none fits.
 
-        No fallback is dearer than ``chain_cap_usd``, so that it is never a fallback that asks
-        for an approval which the chosen model does not need.
-
         A fallback at another provider is preferred to a better one at the chosen one's, because
-        what makes a chain necessary is mostly the provider.
+        what makes a chain necessary is mostly the provider. None is dearer than ``chain_cap_usd``,
+        so that it is never a fallback that asks for an approval which the chosen model does not
+        need.
         """
-        fitting = self.affordable(room_usd)
-        first = next(fitting, None)
-        if first is None:
+        fitting = self.within(self.order, room_usd)
+        if not len(fitting):
             return None
-        cards = self.table.cards
+        first = int(fitting[0])
         cap = max(self.estimate(first) * FALLBACK_FACTOR, FALLBACK_FLOOR_USD)
         if chain_cap_usd is not None:
             cap = min(cap, chain_cap_usd)
-        elsewhere: list[int] = []
-        same: list[int] = []
+        rest = self.within(fitting[1:], cap)
+        # The best of each other provider first, then the best of the rest, by score.
+        cards = self.table.cards
         seen = {cards[first].provider_id}
-        for index in fitting:
-            if len(elsewhere) == FALLBACKS:
-                break
-            if self.estimate(index) > cap:
-                continue
-            provider = cards[index].provider_id
-            if provider not in seen:
-                seen.add(provider)
+        elsewhere: list[int] = []
+        for index in rest.tolist():
+            if cards[index].provider_id not in seen:
+                seen.add(cards[index].provider_id)
                 elsewhere.append(index)
-            elif len(same) < FALLBACKS:
-                same.append(index)
-        # Distinct providers first, then the best of the rest, in the order of their scores.
-        chain = (elsewhere + same)[:FALLBACKS]
+                if len(elsewhere) == FALLBACKS:
+                    break
+        same = [index for index in rest[: 2 * FALLBACKS].tolist() if index not in elsewhere]
+        chain = [first, *(elsewhere + same)[:FALLBACKS]]
         best = int(self.order[0])
+        candidates = self.candidates([*chain, best])
         return Choice(
-            chosen=self.candidate(first),
-            fallbacks=tuple(self.candidate(index) for index in chain),
-            too_dear=None if best == first else self.candidate(best),
+            candidates[0],
+            tuple(candidates[1:-1]),
+            None if best == first else candidates[-1],
         )
 
 
@@ -368,15 +375,18 @@ def rank(table: Table, query: Query) -> Ranking:
     ranking = Ranking(table, query, weights, order, scores, costs, preference, excluded)
     if query.max_cost is not None and len(order):
         # The float margin above may have let one through that is dearer by a hair.
-        exact = [i for i in order if ranking.estimate(int(i)) <= query.max_cost]
+        exact = [i for i in order.tolist() if ranking.estimate(i) <= query.max_cost]
         if len(exact) < len(order):
             excluded["max_cost"] = excluded.get("max_cost", 0) + len(order) - len(exact)
             ranking.order = np.array(exact, dtype=np.intp)
     return ranking
 
 
-def explain(ranking: Ranking, choice: Choice) -> str:
-    """One or two sentences: what was chosen, on what figures, and what came second."""
+def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
+    """One or two sentences: what was chosen, on what figures, and what came second.
+
+    ``best`` are the ranking's first candidates, two at least where there are two.
+    """
     chosen = choice.chosen
     card = chosen.card
     text = (
@@ -386,7 +396,7 @@ def explain(ranking: Ranking, choice: Choice) -> str:
         f" best of {len(ranking)}"
         f" {'candidate' if len(ranking) == 1 else 'candidates'}"
     )
-    runner_up = next((c for c in ranking.best(3) if c.card is not card), None)
+    runner_up = next((c for c in best if c.card is not card), None)
     if runner_up is not None and choice.too_dear is None:
         text += f"; runner-up {runner_up.card.name} {runner_up.score:.2f}"
     text += f" ({ranking.query.priority} priority)."

@@ -56,12 +56,12 @@ def select_model(caller: Caller, request: SelectRequest, idempotency_key: str | 
             field="user_tier",
             tiers=list(snapshot.tiers),
         )
-    query = make_query(caller, request, task)
+    limits = caller.limits()
+    query = make_query(caller, request, task, limits)
     ranking = selection.rank(snapshot.table, query)
     if not len(ranking):
         raise nothing_serves(snapshot, query, ranking, caller)
 
-    limits = caller.limits
     room = least(limits.free_usd, settings.EMERGENCY_THRESHOLD_USD)
     threshold = None if request.approved else caller.row.approval_threshold_usd
     hold_id = uuid4()
@@ -146,21 +146,23 @@ def find_task(snapshot: Snapshot, name: str) -> Task:
     return task
 
 
-def make_query(caller: Caller, request: SelectRequest, task: Task) -> selection.Query:
+def make_query(
+    caller: Caller, request: SelectRequest, task: Task, limits: LimitStates
+) -> selection.Query:
     prompt_tokens, completion_tokens = request.tokens()
     return selection.Query(
         task_type=task.name,
         needs=task.needs.union(request.required_capabilities or ()),
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
-        at=caller.row.read_at,
+        at=caller.read_at,
         priority=request.priority,
         preferred_providers=request.preferred_providers or (),
         excluded_providers=request.excluded_providers or (),
         min_context_length=request.min_context_length or 0,
         max_cost=request.max_cost,
         max_price_per_1k=caller.row.max_price_per_1k_usd,
-        money_utilisation=caller.limits.money_utilisation,
+        money_utilisation=limits.money_utilisation,
     )
 
 
@@ -210,6 +212,7 @@ class Stored(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, ranking: Ranking, choice: Choice, task: Task, request: SelectRequest) -> Stored:
         query, chosen = ranking.query, choice.chosen
+        best = ranking.best(selection.EXPLAINED)
         estimate = pricing.cost(
             chosen.card.schedule, query.prompt_tokens, query.completion_tokens, at=query.at
         )
@@ -224,7 +227,7 @@ class Stored(msgspec.Struct, frozen=True):
                 "completion_cost": plain(estimate.completion_cost),
                 "total_cost": plain(estimate.total),
             },
-            reasoning=selection.explain(ranking, choice),
+            reasoning=selection.explain(ranking, choice, best),
             downgraded=choice.too_dear is not None,
             cost_warning=cost_warning(ranking, choice),
             asked=msgspec.to_builtins(request, builtin_types=(Decimal,)),
@@ -236,7 +239,7 @@ class Stored(msgspec.Struct, frozen=True):
                     "score": c.score,
                     "parts": c.parts,
                 }
-                for c in ranking.best(selection.EXPLAINED)
+                for c in best
             ),
             excluded=ranking.excluded,
         )
@@ -350,7 +353,7 @@ def nothing_serves(
             "Every model that could serve costs more than max_cost.",
             code="max_cost_exceeded",
             status=402,
-            requested=query.max_cost,
+            requested=plain(query.max_cost or Decimal(0)),
             cheapest_fit=in_words(without.cheapest()),
             **extra,
         )

@@ -50,9 +50,10 @@ def read_period(start: str | None, end: str | None, now: datetime) -> Period:
     absent. Raises Invalid."""
     month = window_start("day", now).replace(day=1)
     begin = _moment(start, "from") if start else month
-    until = _moment(end, "to", end_of_day=True) if end else max(now, begin) + timedelta(hours=1)
+    # The end is exclusive, and this hour's row counts already.
+    until = _moment(end, "to", end_of_day=True) if end else now + timedelta(hours=1)
     if until <= begin:
-        raise Invalid("“to” must be after “from”.", field="to")
+        raise Invalid("“from” must be before “to”, or before now.", field="to" if end else "from")
     return Period(window_start("hour", begin), until)
 
 

@@ -7,18 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
+import msgspec
 from django.utils import timezone
 
 from billing import ledger
 from billing.limits import LimitStates
 from billing.models import Hold
 from billing.money import ZERO, plain
+from billing.sql import moment
 from mswap_site.errors import Conflict, Invalid, NotFound
 from swapper import messages, pricing
 from swapper.catalogue import catalogue, schedule
 from swapper.messages import Attempt, UsageReport
 from swapper.models import Model
 from swapper.services import Stored, read_stored
+
+_encoder = msgspec.json.Encoder(decimal_format="string")
 
 # Written in the statement that ends the hold, and only if it ends it: a log row per call, and the
 # hourly rollup. A late report takes back the row that the expiry had written.
@@ -105,7 +109,7 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
 
 
 def as_recordset(calls: Iterable[Mapping[str, Any]]) -> str:
-    return json.dumps(list(calls), default=str)
+    return _encoder.encode(list(calls)).decode()
 
 
 def call_of(
@@ -123,7 +127,7 @@ def call_of(
         call.prompt_tokens,
         call.completion_tokens,
         call.cached_prompt_tokens or 0,
-        at=row.admitted_at,
+        at=moment(row.admitted_us),
     )
     return {
         "model_id": model_id,

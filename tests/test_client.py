@@ -658,6 +658,19 @@ def test_a_lost_report_is_logged_and_the_answer_is_kept(
     assert "r-1" in caplog.text
 
 
+def test_a_report_that_can_not_even_be_written_does_not_cost_the_answer() -> None:
+    async def converse(service: ModelSwapperService) -> Attempt:
+        async with service.attempt(request()) as attempt:
+            async for candidate in attempt:
+                no_number: Any = object()
+                candidate.succeeded(prompt_tokens=no_number, completion_tokens=1)
+        return attempt
+
+    attempt = talk(Server(), converse)
+    assert attempt.success
+    assert isinstance(attempt.report_error, TypeError)
+
+
 def test_the_exception_of_the_body_wins_over_a_lost_report() -> None:
     server = Server(usage=[error(503, "unavailable")] * 999)
 

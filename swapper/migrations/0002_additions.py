@@ -64,8 +64,8 @@ class Migration(migrations.Migration):
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
                 ('schedule', models.JSONField(help_text='swapper.pricing.PriceSchedule: tiers, cache, conditions.')),
-                ('prompt_per_1k', swapper.models.NumericField(decimal_places=20, max_digits=40)),
-                ('completion_per_1k', swapper.models.NumericField(decimal_places=20, max_digits=40)),
+                ('prompt_per_1k', swapper.models.NumericField(decimal_places=30, max_digits=60)),
+                ('completion_per_1k', swapper.models.NumericField(decimal_places=30, max_digits=60)),
                 ('source', models.TextField(help_text='Where it is from: "genai-prices 0.2.3", "staff", …')),
                 ('effective_from', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
                 ('model', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='prices', to='swapper.model')),

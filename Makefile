@@ -1,0 +1,49 @@
+# Everything is set up in .venv from hashed requirements; the machine needs Python 3.11+ only.
+PYTHON ?= python3
+PORT ?= 8000
+TRAFFIC ?= 1
+BIN := .venv/bin
+# Type checking and lints need settings to load, not a database.
+NO_DATABASE := DATABASE_URL=postgres://nobody@/none DJANGO_SECRET_KEY=- MSWAP_TOKEN_KEY=- \
+	MSWAP_MASTER_KEYS=-
+
+.PHONY: run test lint bench requirements clean
+
+run: .venv/run
+	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC)
+
+test: lint
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(NO_DATABASE) $(BIN)/mypy .
+	$(BIN)/python manage.py makemigrations --check --dry-run
+	$(BIN)/python manage.py check
+
+bench: .venv/dev
+	$(BIN)/python -m bench $(ARGS)
+
+# Pins with hashes, from requirements*.in. Not a lock format: those record download addresses.
+requirements: .venv/dev
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header \
+		--python-version 3.11 $(UPGRADE) -o requirements.txt requirements.in
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header \
+		--python-version 3.11 $(UPGRADE) -o requirements-dev.txt requirements-dev.in
+
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9
+
+.venv/run: requirements.txt | .venv/bin/uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/run | .venv/bin/uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .mswap staticfiles .pytest_cache .mypy_cache .ruff_cache .hypothesis

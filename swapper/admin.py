@@ -1,0 +1,127 @@
+"""Staff's view of providers, models, tasks and usage. No page shows a key."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from django.contrib import admin
+from django.contrib.admin import ModelAdmin
+from django.contrib.admin.widgets import AdminTextInputWidget
+from django.db.models import TextField
+from django.http import HttpRequest
+
+from billing.admin import ReadOnly, usd
+from swapper.catalogue import record_changed_prices
+from swapper.models import Model, Price, Provider, TaskType, UsageLog
+
+
+class OneLine(ModelAdmin):
+    """The MSWAP tables have texts for names: one line is enough for them."""
+
+    formfield_overrides: ClassVar = {TextField: {"widget": AdminTextInputWidget}}
+
+
+@admin.register(Provider)
+class ProviderAdmin(OneLine):
+    list_display = ("name", "provider_type", "owner", "enabled", "priority", "has_key")
+    list_filter = ("provider_type", "enabled")
+    search_fields = ("name", "account__external_id")
+    list_select_related = ("account",)
+    # The key is not among the fields: not even its ciphertext is shown or sent.
+    fields = (
+        "name",
+        "provider_type",
+        "owner",
+        "base_url",
+        "organization_id",
+        "enabled",
+        "priority",
+        "regions",
+        "metadata",
+        "has_key",
+    )
+    readonly_fields = ("owner", "has_key")
+
+    @admin.display(description="whose key")
+    def owner(self, provider: Provider) -> str:
+        return str(provider.account) if provider.account else "ours"
+
+    @admin.display(boolean=True, description="key stored")
+    def has_key(self, provider: Provider) -> bool:
+        return bool(provider.api_key)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        # Usage rows name providers; disable instead.
+        return False
+
+
+@admin.register(Model)
+class ModelModelAdmin(OneLine):
+    list_display = (
+        "name",
+        "provider",
+        "enabled",
+        "priced",
+        usd("cost_per_1k_prompt_tokens", "prompt, USD per 1k"),
+        usd("cost_per_1k_completion_tokens", "completion, USD per 1k"),
+        "context_length",
+        usd("reliability"),
+        "avg_latency",
+    )
+    list_filter = ("enabled", "provider__provider_type")
+    list_editable = ("enabled",)
+    list_select_related = ("provider", "price")
+    search_fields = ("name",)
+    autocomplete_fields = ("provider",)
+    exclude = ("id",)
+    readonly_fields = ("price_history",)
+    list_per_page = 50
+
+    @admin.display(description="price")
+    def priced(self, model: Model) -> str:
+        return model.price.source if model.price else "unknown: not used"
+
+    @admin.display(description="price history, USD per 1,000 tokens")
+    def price_history(self, model: Model) -> str:
+        rows = Price.objects.filter(model=model)[:20]
+        return "; ".join(f"{p.effective_from:%Y-%m-%d %H:%M}: {p}" for p in rows) or "none"
+
+    def save_model(self, request: HttpRequest, obj: Model, form: Any, change: bool) -> None:
+        super().save_model(request, obj, form, change)
+        record_changed_prices()
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        # Usage rows name models; disable instead.
+        return False
+
+
+@admin.register(TaskType)
+class TaskTypeAdmin(OneLine):
+    list_display = ("name", "description", "needs")
+    exclude = ("id",)
+    search_fields = ("name",)
+
+    @admin.display(description="required capabilities")
+    def needs(self, task: TaskType) -> str:
+        return ", ".join(task.metadata.get("required_capabilities", [])) or "none"
+
+
+@admin.register(UsageLog)
+class UsageLogAdmin(ReadOnly):
+    list_display = (
+        "created_at",
+        "user_id",
+        "model",
+        "task_type",
+        "prompt_tokens",
+        "completion_tokens",
+        usd("cost", "cost, USD"),
+        "latency",
+        "success",
+        "unreported",
+    )
+    list_filter = ("success", "unreported", "own_key", "error_kind")
+    search_fields = ("user_id", "request_id")
+    list_select_related = ("model", "task_type")
+    date_hierarchy = "created_at"
+    show_full_result_count = False

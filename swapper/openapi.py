@@ -1,0 +1,643 @@
+"""The API in words: what each route takes, answers and refuses, for ``/api/schema/``.
+
+Bodies of requests are the structs that decode them (``messages.py``), so they can't say anything
+else than what is accepted. Answers are written by the services; the structs here only describe
+them, and ``tests/test_openapi.py`` holds every answer against them. They forbid unknown fields, so
+that an answer with a field that is not described here fails there.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+from drf_spectacular.extensions import OpenApiSerializerExtension
+from drf_spectacular.plumbing import ResolvedComponent
+from drf_spectacular.utils import (
+    OpenApiExample,
+    OpenApiParameter,
+    OpenApiResponse,
+    PolymorphicProxySerializer,
+    extend_schema,
+)
+from msgspec import UNSET, Meta, UnsetType
+
+from swapper import totals
+from swapper.messages import SelectRequest, UsageReport
+
+JSON = "application/json"
+CSV = "text/csv"
+
+Usd = Annotated[
+    str,
+    Meta(
+        pattern=r"^\d+(\.\d{1,10})?$",
+        description="USD: an exact decimal, never a float.",
+        examples=["0.0042"],
+    ),
+]
+Rate = Annotated[
+    str, Meta(pattern=r"^\d+(\.\d+)?$", description="USD per 1,000 tokens.", examples=["0.00015"])
+]
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+Share = Annotated[str, Meta(pattern=r"^[01](\.\d+)?$", description="From 0 to 1.")]
+Moment = Annotated[datetime, Meta(tz=True, examples=["2026-01-31T12:00:00Z"])]
+
+
+class StructExtension(OpenApiSerializerExtension):  # type: ignore[no-untyped-call]
+    """A msgspec struct where drf-spectacular expects a serializer."""
+
+    target_class = msgspec.Struct
+    match_subclasses = True
+
+    def get_name(self, auto_schema: Any, direction: Any) -> str:
+        return str(self.target.__name__)
+
+    def map_serializer(self, auto_schema: Any, direction: Any) -> Any:
+        _, schemas = msgspec.json.schema_components(
+            [self.target], ref_template="#/components/schemas/{name}"
+        )
+        for name, schema in schemas.items():
+            schema.pop("title", None)
+            if name != self.target.__name__:
+                auto_schema.registry.register_on_missing(
+                    ResolvedComponent(  # type: ignore[no-untyped-call]
+                        name=name, type=ResolvedComponent.SCHEMA, object=name, schema=schema
+                    )
+                )
+        return schemas[self.target.__name__]
+
+
+# --- Answers -------------------------------------------------------------------------------
+
+
+class Answer(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Every field is always there unless it may be UNSET."""
+
+
+class UsdLimit(Answer):
+    """``limit`` and ``free`` are null where the tier has no such limit."""
+
+    limit: Usd | None
+    spent: Usd
+    held: Usd
+    free: Usd | None
+    window: Literal["request", "hour", "day"]
+    resets_at: Moment | None
+
+
+class CountLimit(Answer):
+    """As UsdLimit, in whole tokens or requests."""
+
+    limit: Count | None
+    spent: Count
+    held: Count
+    free: Count | None
+    window: Literal["request", "minute", "hour", "day"]
+    resets_at: Moment | None
+
+
+class Limits(Answer):
+    """Every limit of the tier, with what is spent and held in its current UTC window."""
+
+    usd_per_request: UsdLimit
+    tokens_per_request: CountLimit
+    usd_per_day: UsdLimit
+    tokens_per_day: CountLimit
+    requests_per_day: CountLimit
+    usd_per_hour: UsdLimit
+    requests_per_hour: CountLimit
+    requests_per_minute: CountLimit
+
+
+class PricedModel(Answer):
+    """A model with the most that this request can cost there."""
+
+    id: UUID
+    name: str
+    provider_id: UUID
+    provider_type: str
+    estimated_cost: Usd
+
+
+class CostBreakdown(Answer):
+    prompt_tokens: Count
+    completion_tokens: Count
+    prompt_cost: Usd
+    completion_cost: Usd
+    total_cost: Usd
+
+
+class LimitWarning(Answer):
+    """Given once per limit and window at 50, 80 and 100 %."""
+
+    limit: str
+    percent: Literal[50, 80, 100]
+    message: str
+
+
+class Selection(Answer):
+    """The chosen model, its fallbacks, the reasons, and what is held for the call."""
+
+    request_id: Annotated[
+        UUID | None, Meta(description="Names the hold in POST usage; null in a dry run.")
+    ]
+    selected_model_id: UUID
+    selected_model_name: str
+    provider_id: UUID
+    provider_type: str
+    estimated_cost: Usd
+    cost_breakdown: CostBreakdown
+    max_completion_tokens: Annotated[
+        int, Meta(ge=0, description="Binding: pass it to the provider.")
+    ]
+    held: Usd
+    hold_expires_at: Moment | None
+    dry_run: bool
+    fallback_models: Annotated[tuple[PricedModel, ...], Meta(max_length=3)]
+    using_user_keys: bool
+    security_level: Literal["system", "user", "restricted"]
+    reasoning: str
+    downgraded: bool
+    cost_warning: str | None
+    security_warning: str | None
+    warnings: tuple[LimitWarning, ...]
+    limits: Limits
+
+
+class Charge(Answer):
+    """What a selection really cost. ``released``: it failed; its attempts may still cost."""
+
+    request_id: UUID
+    state: Literal["settled", "released"]
+    cost: Usd
+    overrun: Annotated[bool, Meta(description="It cost more than was held.")]
+    limits: Limits
+
+
+class PeriodTotal(Answer):
+    cost: Annotated[Usd, Meta(description="On system keys, USD.")]
+    own_key_cost: Annotated[Usd, Meta(description="On the account's own keys, USD.")]
+    requests: Count
+    tokens: Count
+    since: Moment = msgspec.field(name="from")
+
+
+class Totals(Answer):
+    """Since the start of this UTC hour, day and month, by when a request was admitted."""
+
+    hour: PeriodTotal
+    today: PeriodTotal
+    month: PeriodTotal
+
+
+class UsageRow(Answer):
+    id: Annotated[str | None, Meta(description="Null: calls without a task type.")]
+    name: str
+    calls: Count
+    successes: Count
+    prompt_tokens: Count
+    completion_tokens: Count
+    cost: Usd
+    own_key_cost: Usd
+    avg_latency_ms: Count | None
+
+
+class UsageBy(Answer):
+    """One list with ``group_by``, else all of them."""
+
+    model: tuple[UsageRow, ...] | UnsetType = UNSET
+    provider: tuple[UsageRow, ...] | UnsetType = UNSET
+    task_type: tuple[UsageRow, ...] | UnsetType = UNSET
+    day: tuple[UsageRow, ...] | UnsetType = UNSET
+
+
+class UsageTotals(Answer):
+    """What was spent. ``by`` covers ``from`` to ``to``; ``totals`` and ``limits`` are of now."""
+
+    account: str
+    tier: str
+    totals: Totals
+    limits: Limits
+    since: Moment = msgspec.field(name="from")
+    until: Moment = msgspec.field(name="to")
+    by: UsageBy
+
+
+class Account(Answer):
+    """Whom the caller acts for, what its tier allows, and what is free now."""
+
+    account: str
+    tier: str
+    scopes: Annotated[tuple[str, ...] | None, Meta(description="Null in a browser session.")]
+    own_keys: bool
+    max_price_per_1k: Annotated[
+        Rate | None, Meta(description="Dearest model allowed, USD per 1,000 tokens; null: any.")
+    ]
+    approval_threshold: Annotated[
+        Usd | None, Meta(description="Above it a request needs approved: true.")
+    ]
+    emergency_stop: bool
+    stopped_at: Moment | None
+    limits: Limits
+
+
+class TaskRecord(Answer):
+    task_type: str | None
+    calls: Count
+    success_rate: Share
+    avg_latency_ms: Count
+    avg_cost: Usd
+
+
+class ModelRecord(Answer):
+    id: UUID
+    name: str
+    provider_id: UUID
+    provider_type: str
+    capabilities: tuple[str, ...]
+    context_length: Count
+    cost_per_1k_prompt_tokens: Rate
+    cost_per_1k_completion_tokens: Rate
+    reliability: Share
+    avg_latency_ms: Count
+    last_7_days: Annotated[tuple[TaskRecord, ...], Meta(description="Over all accounts, by task.")]
+
+
+class Performance(Answer):
+    models: tuple[ModelRecord, ...]
+    catalogue_age_seconds: Seconds
+
+
+class Live(Answer):
+    status: Literal["live"]
+
+
+class DatabaseHealth(Answer):
+    """``overdue_holds``: should have expired over a minute ago, so the worker is away."""
+
+    status: Literal["ok", "unreachable"]
+    overdue_holds: Count | UnsetType = UNSET
+
+
+class BrokerHealth(Answer):
+    status: Literal["ok", "unreachable"]
+
+
+class CatalogueHealth(Answer):
+    status: Literal["ok", "empty", "unreadable"]
+    age_seconds: Seconds | UnsetType = UNSET
+    models: Count | UnsetType = UNSET
+
+
+class Breakers(Answer):
+    """Emergency stops: of the whole system, and how many accounts are stopped."""
+
+    system: Literal["open", "closed"]
+    accounts_stopped: Count
+
+
+class Readiness(Answer):
+    status: Literal["ready", "not_ready"]
+    database: DatabaseHealth
+    broker: BrokerHealth
+    catalogue: CatalogueHealth
+    breakers: Breakers | None
+
+
+# --- Refusals: one shape, told apart by `code` ------------------------------------------------
+
+
+class Refusal(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, tag_field="code"):
+    message: Annotated[str, Meta(description="For people.")]
+
+
+class InvalidInput(Refusal, tag="invalid"):
+    field: str | UnsetType | None = UNSET
+    tiers: tuple[str, ...] | UnsetType = UNSET
+    task_types: tuple[str, ...] | UnsetType = UNSET
+
+
+class Suspicious(Refusal, tag="suspicious"):
+    pass
+
+
+class NotAuthenticated(Refusal, tag="not_authenticated"):
+    pass
+
+
+class SpendingLimit(Refusal, tag="spending_limit"):
+    """``limit`` names the limit that refused; amounts are USD."""
+
+    limit: Literal["usd_per_request", "usd_per_hour", "usd_per_day"]
+    window: Literal["request", "hour", "day"]
+    limit_value: Usd
+    spent: Usd
+    held: Usd
+    requested: Usd
+    free: Usd
+    resets_at: Moment | None
+    cheapest_fit: PricedModel | None
+
+
+class EmergencyStop(Refusal, tag="emergency_stop"):
+    scope: Literal["request", "account", "system"]
+    threshold: Usd
+    requested: Usd | UnsetType = UNSET
+    cheapest_fit: PricedModel | UnsetType | None = UNSET
+
+
+class MaxCostExceeded(Refusal, tag="max_cost_exceeded"):
+    task_type: str
+    excluded: Annotated[dict[str, int], Meta(description="Models that each rule ruled out.")]
+    requested: Usd
+    cheapest_fit: PricedModel | None
+
+
+class ScopeRequired(Refusal, tag="scope_required"):
+    scope: str
+
+
+class TierRequired(Refusal, tag="tier_required"):
+    task_type: str
+    excluded: Annotated[dict[str, int], Meta(description="Models that each rule ruled out.")]
+    tier: str
+    tier_needed: str
+
+
+class CsrfRequired(Refusal, tag="csrf"):
+    pass
+
+
+class NoAccount(Refusal, tag="no_account"):
+    pass
+
+
+class NotFound(Refusal, tag="not_found"):
+    """Absent, or another account's: the answer does not say which."""
+
+
+class ApprovalRequired(Refusal, tag="approval_required"):
+    """The same request with ``approved: true`` passes."""
+
+    estimated_cost: Usd
+    approval_threshold: Usd
+    model: PricedModel
+    cheapest_alternative: PricedModel | None
+
+
+class IdempotencyConflict(Refusal, tag="idempotency_conflict"):
+    pass
+
+
+class InProgress(Refusal, tag="in_progress"):
+    pass
+
+
+class AlreadyReported(Refusal, tag="already_reported"):
+    pass
+
+
+class TooLarge(Refusal, tag="too_large"):
+    pass
+
+
+class UnsupportedMediaType(Refusal, tag="unsupported_media_type"):
+    pass
+
+
+class CountRefused(Refusal):
+    window: Literal["request", "minute", "hour", "day"]
+    limit_value: Count
+    spent: Count
+    held: Count
+    requested: Count
+    free: Count
+    resets_at: Moment | None
+    cheapest_fit: PricedModel | None
+
+
+class TokenLimit(CountRefused, tag="token_limit"):
+    limit: Literal["tokens_per_request", "tokens_per_day"]
+
+
+class RequestLimit(CountRefused, tag="request_limit"):
+    limit: Literal["requests_per_minute", "requests_per_hour", "requests_per_day"]
+
+
+class Unavailable(Refusal, tag="unavailable"):
+    pass
+
+
+class NoModel(Refusal, tag="no_model"):
+    task_type: str
+    excluded: Annotated[dict[str, int], Meta(description="Models that each rule ruled out.")]
+
+
+def refusal(name: str, description: str, *kinds: type[Refusal]) -> OpenApiResponse:
+    """The component ``name``: ``{"error": …}`` with one of ``kinds``."""
+    kind: Any = kinds[0]
+    for other in kinds[1:]:
+        kind |= other
+    body = msgspec.defstruct(name, [("error", kind)], forbid_unknown_fields=True)
+    return OpenApiResponse(body, description)
+
+
+BAD_REQUEST = refusal(
+    "BadRequest", "The input is wrong; `field` says where.", InvalidInput, Suspicious
+)
+FORBIDDEN = refusal(
+    "Forbidden",
+    "The scope, the CSRF token or an account is missing.",
+    ScopeRequired,
+    CsrfRequired,
+    NoAccount,
+)
+ALWAYS = {
+    400: BAD_REQUEST,
+    401: refusal("Unauthorized", "No valid token and no session.", NotAuthenticated),
+    403: FORBIDDEN,
+    503: refusal("ServiceUnavailable", "The database does not answer.", Unavailable),
+}
+ACCOUNT = {404: refusal("Absent", "No such account or request, or not yours.", NotFound)}
+BODY = {
+    413: refusal("ContentTooLarge", "The body is too large.", TooLarge),
+    415: refusal("NotJson", "The body must be application/json.", UnsupportedMediaType),
+}
+RETRY_AFTER = OpenApiParameter(
+    "Retry-After", int, "header", response=[409, 429], description="Seconds."
+)
+USER_ID = OpenApiParameter(
+    "user_id", str, description="The account: required with a service token, else one's own."
+)
+
+
+def answers(*tables: dict[Any, Any]) -> dict[Any, Any]:
+    """Responses for extend_schema; later tables win. Plain status codes answer JSON."""
+    merged = {
+        key if isinstance(key, tuple) else (key, JSON): value
+        for table in tables
+        for key, value in table.items()
+    }
+    return dict(sorted(merged.items()))
+
+
+# --- Routes: decorators for the methods of api.py ---------------------------------------------
+
+select_model = extend_schema(
+    operation_id="select_model",
+    summary="Choose a model and hold its cost",
+    description="The hold counts against every limit of the tier until POST usage ends it. Pass"
+    " `max_completion_tokens` on to the provider; it is binding.",
+    request={JSON: SelectRequest},
+    parameters=[
+        OpenApiParameter(
+            "Idempotency-Key",
+            {"type": "string", "minLength": 1, "maxLength": 200},
+            "header",
+            description="The same key and body: the same answer again, held once.",
+        ),
+        RETRY_AFTER,
+    ],
+    responses=answers(
+        ALWAYS,
+        ACCOUNT,
+        BODY,
+        {
+            200: OpenApiResponse(Selection, "The same answer again, or a dry run."),
+            201: OpenApiResponse(Selection, "A model is chosen and its cost held."),
+            402: refusal(
+                "PaymentRequired",
+                "A spending limit, `max_cost`, or an emergency stop.",
+                SpendingLimit,
+                EmergencyStop,
+                MaxCostExceeded,
+            ),
+            403: refusal(
+                "SelectForbidden",
+                "The scope, CSRF token, account or tier does not allow it.",
+                ScopeRequired,
+                CsrfRequired,
+                NoAccount,
+                TierRequired,
+            ),
+            409: refusal(
+                "SelectConflict",
+                "Needs approval, or the Idempotency-Key is taken.",
+                ApprovalRequired,
+                IdempotencyConflict,
+                InProgress,
+            ),
+            429: refusal("LimitReached", "A token or request limit.", TokenLimit, RequestLimit),
+            503: refusal(
+                "SelectUnavailable",
+                "Nothing can serve this, or the database does not answer.",
+                Unavailable,
+                NoModel,
+            ),
+        },
+    ),
+    examples=[
+        OpenApiExample(
+            "An estimate",
+            {"task_type": "summarization", "user_id": "chonk-42", "estimated_tokens": 1000},
+            request_only=True,
+        ),
+        OpenApiExample(
+            "Exact figures, only asking",
+            {
+                "task_type": "chat",
+                "user_id": "chonk-42",
+                "prompt_tokens": 1200,
+                "max_completion_tokens": 400,
+                "priority": "high",
+                "preferred_providers": ["anthropic"],
+                "dry_run": True,
+            },
+            request_only=True,
+        ),
+    ],
+)
+
+report_usage = extend_schema(
+    operation_id="report_usage",
+    summary="Report what became of a selection",
+    description="Ends the hold. The cost is computed from the reported tokens at the price that was"
+    " in force when the hold was taken. A late report corrects a hold that expired.",
+    request={JSON: UsageReport},
+    responses=answers(
+        ALWAYS,
+        ACCOUNT,
+        BODY,
+        {
+            200: OpenApiResponse(Charge, "Reported before; the same answer again."),
+            201: OpenApiResponse(Charge, "Charged."),
+            409: refusal("UsageConflict", "Reported before, otherwise.", AlreadyReported),
+        },
+    ),
+    examples=[
+        OpenApiExample(
+            "It answered",
+            {
+                "request_id": "0f6d1a5e-8f0e-4c63-9f5c-6d7e1b1f0a11",
+                "success": True,
+                "model_id": "6b7f6c1e-3c7e-4c55-8a55-0f3f6f2b9d10",
+                "prompt_tokens": 1180,
+                "completion_tokens": 215,
+                "latency_ms": 840,
+            },
+            request_only=True,
+        )
+    ],
+)
+
+read_usage = extend_schema(
+    operation_id="read_usage",
+    summary="What was spent",
+    description="From hourly rollups, by the hour (UTC) in which a request was admitted.",
+    parameters=[
+        USER_ID,
+        OpenApiParameter("from", str, description="A date or RFC 3339 time; default: this month."),
+        OpenApiParameter("to", str, description="A date (inclusive) or time; default: now."),
+        OpenApiParameter("group_by", str, enum=list(totals.GROUPS)),
+        OpenApiParameter("format", str, enum=["json", "csv"], default="json"),
+    ],
+    responses=answers(
+        ALWAYS,
+        ACCOUNT,
+        {200: UsageTotals, (200, CSV): OpenApiResponse(str, "With `format=csv`.")},
+    ),
+)
+
+me = extend_schema(
+    operation_id="me",
+    summary="The account, its tier and what is free",
+    parameters=[USER_ID],
+    responses=answers(ALWAYS, ACCOUNT, {200: Account}),
+)
+
+model_performance = extend_schema(
+    operation_id="model_performance",
+    summary="Models, prices, and how they did lately",
+    responses=answers(ALWAYS, {200: Performance}),
+)
+
+HEALTHY: list[Any] = [Readiness, Live]
+health = extend_schema(
+    operation_id="health",
+    summary="Is it alive, can it do its work",
+    description="`live` says only that the process answers. Needs no token.",
+    parameters=[OpenApiParameter("check", str, enum=["ready", "live"], default="ready")],
+    responses=answers(
+        {
+            200: PolymorphicProxySerializer(
+                "Health", serializers=HEALTHY, resource_type_field_name=None
+            ),
+            400: BAD_REQUEST,
+            503: OpenApiResponse(Readiness, "Money can't be held now."),
+        }
+    ),
+)
