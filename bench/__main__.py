@@ -126,12 +126,12 @@ def main() -> None:
             run = load.run(port, 8, seconds, selects)
             figures.setdefault("select", []).append(run.rate("select"))
             figures.setdefault("floor", []).append(load.run(port, 8, seconds, floor).rate("floor"))
-            for name, script in (
+            for name, statements in (
                 ("sql select", many_sql["select"]),
                 ("sql pair", many_sql["pair"]),
                 ("sql hot pair", hot_sql["pair"]),
             ):
-                tps = sql.pgbench(stage, script, clients=8, seconds=seconds)
+                tps = sql.pgbench(stage, statements, clients=8, seconds=seconds)
                 figures.setdefault(name, []).append(tps)
         medians = {name: median(values) for name, values in figures.items()}
         for name, value in medians.items():
@@ -189,7 +189,7 @@ def stored_example(stage: object) -> tuple[str, str]:
     hold = Hold.objects.exclude(context={}).first()
     log = UsageLog.objects.first()
     assert hold is not None and log is not None
-    call = {
+    call: dict[str, object] = {
         "model_id": str(log.model_id),
         "provider_id": str(log.provider_id),
         "task_type_id": str(log.task_type_id),

@@ -59,7 +59,7 @@ class Statement:
                 connection.close()
             raise
 
-    def _row_maker(self, cursor: psycopg.BaseCursor[Any, Any]) -> Callable[[Sequence[Any]], Any]:
+    def _row_maker(self, cursor: Any) -> Callable[[Sequence[Any]], Any]:
         """psycopg's namedtuple_row, asked once: a statement's columns never change."""
         if self._row is None:
             if cursor.description is None:

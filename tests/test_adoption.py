@@ -74,7 +74,7 @@ def adopted(databases: Any) -> Iterator[tuple[str, dict[str, list[dict[str, Any]
     """The adopted database, and the rows of the six tables before the adoption."""
     name = databases("adopted")
     with connect(name) as db:
-        db.execute(EXISTING.read_text())  # type: ignore[arg-type]
+        db.execute(EXISTING.read_text())
         before = {table: rows(db, table) for table in TABLES}
     migrate(name, "--fake-initial")
     yield name, before
@@ -82,7 +82,7 @@ def adopted(databases: Any) -> Iterator[tuple[str, dict[str, list[dict[str, Any]
 
 def rows(db: psycopg.Connection[Any], table: str) -> list[dict[str, Any]]:
     with db.cursor(row_factory=dict_row) as cursor:
-        return cursor.execute(f"SELECT * FROM {table} ORDER BY id").fetchall()  # type: ignore[arg-type]
+        return cursor.execute(f"SELECT * FROM {table} ORDER BY id").fetchall()
 
 
 def schema(name: str) -> list[tuple[Any, ...]]:

@@ -245,7 +245,7 @@ def test_a_form_in_a_browser_session_is_refused_too(alice: Account):
             response = browser.post(
                 API + path,
                 headers={"X-CSRFToken": "a" * 32},
-                **data,  # type: ignore[arg-type]
+                **data,
             )
             error(response, 415)
 

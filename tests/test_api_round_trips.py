@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from django.db import connection
 from psycopg.pq import Trace
 
 from billing.models import Account
-from tests.conftest import Caller, Shelf, caller
+from tests.conftest import Caller, Shelf, caller, limits
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -62,8 +63,9 @@ def test_the_count_sees_simple_and_extended_queries(transactional_db: None):
 
 @pytest.mark.parametrize("who", ["service", "personal"])
 def test_select_model_makes_at_most_two_round_trips(warm: dict[str, Caller], who: str):
+    asked: dict[str, Any]
     for asked in ({}, {"key": "k"}, {"dry_run": True}):
-        response, trips = wire_round_trips(lambda asked=asked: warm[who].select(**asked))
+        response, trips = wire_round_trips(partial(warm[who].select, **asked))
         assert response.status_code == (200 if "dry_run" in asked else 201)
         assert trips == 2, asked
     response, trips = wire_round_trips(lambda: warm[who].select(key="k"))
@@ -71,8 +73,6 @@ def test_select_model_makes_at_most_two_round_trips(warm: dict[str, Caller], who
 
 
 def test_a_refusal_makes_no_more_than_one_other_try(warm: dict[str, Caller], alice: Account):
-    from tests.conftest import limits
-
     limits(alice, requests_per_day=0)
     warm["service"].select()
     response, trips = wire_round_trips(warm["service"].select)
@@ -90,7 +90,7 @@ def test_usage_makes_at_most_four_round_trips(
     attempts = [
         {"model_id": link["id"], "prompt_tokens": 1} for link in selection["fallback_models"]
     ]
-    send = lambda: warm[who].report(selection, success=success, attempts=attempts)  # noqa: E731
+    send = partial(warm[who].report, selection, success=success, attempts=attempts)
     response, trips = wire_round_trips(send)
     assert (response.status_code, trips) == (201, 2), "four are allowed; two are enough"
     response, trips = wire_round_trips(send)

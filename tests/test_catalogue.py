@@ -185,7 +185,7 @@ def test_a_model_gets_its_first_price_from_staff(shelf: Shelf):
     assert str(model.pk) not in load().table.by_id
     edit(model, cost_per_1k_completion_tokens=Decimal("0.5"))
     card = load().table.by_id[str(model.pk)]
-    assert (card.prompt_per_1k, card.completion_per_1k) == (0, Decimal("0.5"))
+    assert (card.prompt_per_1k, card.completion_per_1k) == (Decimal(0), Decimal("0.5"))
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("-1", "0"), ("0", "-1"), ("-1", "1")])

@@ -250,9 +250,9 @@ def test_max_cost_below_everything_is_a_402_that_names_the_cheapest(
 
 def test_an_unknown_price_is_never_free(automodel: Caller, shelf: Shelf):
     """SPEC 4.7: best in every respect and no price: not chosen, no fallback, and no 0 USD."""
-    perfect = {"reliability": Decimal(1), "avg_latency": 1, "provider": shelf.large.provider}
+    perfect: dict[str, Any] = {"reliability": Decimal(1), "avg_latency": 1}
     for prompt, completion in (("0", "0"), ("-1", "0"), ("0.001", "-0.001")):
-        model = make_model(perfect["provider"], "mystery", None, **_without_provider(perfect))
+        model = make_model(shelf.large.provider, "mystery", None, **perfect)
         edit(
             model,
             cost_per_1k_prompt_tokens=Decimal(prompt),
@@ -263,10 +263,6 @@ def test_an_unknown_price_is_never_free(automodel: Caller, shelf: Shelf):
     for name in MODELS:
         edit(shelf[name], enabled=False)
     refused(automodel.select(), 503, "no_model")
-
-
-def _without_provider(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name != "provider"}
 
 
 def test_a_model_that_is_known_to_be_free_costs_nothing(automodel: Caller, shelf: Shelf):
@@ -784,7 +780,8 @@ def test_two_at_once_with_one_key_take_one_hold(
     from swapper.catalogue import catalogue
 
     one = caller("select")
-    snapshot, inner = catalogue.snapshot, []
+    snapshot = catalogue.snapshot
+    inner: list[Any] = []
 
     def overtaken() -> Any:
         if not inner:
