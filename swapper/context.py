@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from rest_framework.request import Request
 
-from billing.ledger import EFFECTIVE_TIER, counters_array, rolled_over
+from billing.ledger_sql import EFFECTIVE_TIER, counters_array, rolled_over
 from billing.limits import LIMITS, LimitStates
 from billing.sql import microseconds, moment
 from mswap_site.errors import Forbidden, NotAuthenticated, NotFound

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
 import msgspec
-from django.utils import timezone
+from django.db import IntegrityError
+from django.db.models.functions import Now
 
 from billing import ledger
+from billing.ledger_sql import end_statement
 from billing.limits import LimitStates
 from billing.models import Hold
 from billing.money import ZERO, plain
@@ -18,15 +21,15 @@ from billing.sql import moment
 from mswap_site.errors import Conflict, Invalid, NotFound
 from swapper import messages, pricing
 from swapper.catalogue import catalogue, schedule
+from swapper.decision import Stored, encoder, read_stored
 from swapper.messages import Attempt, UsageReport
 from swapper.models import Model
-from swapper.services import Stored, read_stored
 
-_encoder = msgspec.json.Encoder(decimal_format="string")
+logger = logging.getLogger(__name__)
 
 # Written in the statement that ends the hold, and only if it ends it: a log row per call, and the
 # hourly rollup. A late report takes back the row that the expiry had written.
-END_AND_RECORD = ledger.end_statement(
+END_AND_RECORD = end_statement(
     """,
 calls AS MATERIALIZED (
     SELECT e.id AS request_id, e.account_id, e.hour, e.at, e.own_key, r.*,
@@ -109,7 +112,7 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
 
 
 def as_recordset(calls: Iterable[Mapping[str, Any]]) -> str:
-    return _encoder.encode(list(calls)).decode()
+    return encoder.encode(list(calls)).decode()
 
 
 def call_of(
@@ -200,25 +203,29 @@ def expire_overdue(limit: int = 500) -> int:
     ended = 0
     while True:
         overdue = list(
-            Hold.objects.filter(state=Hold.State.OPEN, expires_at__lte=timezone.now())
+            Hold.objects.filter(state=Hold.State.OPEN, expires_at__lte=Now())
             .select_related("account")
             .order_by("expires_at")[:limit]
         )
-        for hold in overdue:
-            ended += (
-                ledger.expire(
-                    hold.pk,
-                    hold.account_id,
-                    statement=END_AND_RECORD,
-                    record={
-                        "calls": as_recordset(unreported_call(hold)),
-                        "user_id": hold.account.external_id,
-                    },
-                )
-                is not None
-            )
+        ended += sum(expire(hold) for hold in overdue)
         if len(overdue) < limit:
             return ended
+
+
+def expire(hold: Hold) -> bool:
+    """Charge an overdue hold; False if something else ended it first."""
+    try:
+        record = {
+            "calls": as_recordset(unreported_call(hold)),
+            "user_id": hold.account.external_id,
+        }
+        ended = ledger.expire(hold.pk, hold.account_id, statement=END_AND_RECORD, record=record)
+    except (IntegrityError, msgspec.MsgspecError):
+        # Its model is gone, say. The money, and every hold after this one, must not wait for a
+        # log row that can't be written.
+        logger.exception("hold %s expires without a row in usage_logs", hold.pk)
+        ended = ledger.expire(hold.pk, hold.account_id)
+    return ended is not None
 
 
 def unreported_call(hold: Hold) -> Iterator[dict[str, Any]]:

@@ -13,8 +13,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from django.apps import apps
 from django.contrib.auth.models import User
@@ -107,6 +109,34 @@ def limits(account: Account, **values: Any) -> Tier:
     return account.tier
 
 
+@cache
+def description() -> dict[str, Any]:
+    from drf_spectacular.generators import SchemaGenerator
+
+    return dict(SchemaGenerator().get_schema(request=None, public=True))  # type: ignore[no-untyped-call]
+
+
+@cache
+def validator(reference: str) -> Any:
+    root = {"$ref": reference, "components": description()["components"]}
+    return jsonschema_rs.Draft202012Validator(root, validate_formats=True)
+
+
+def assert_described(method: str, path: str, response: Any) -> None:
+    """Whatever a test is about, its answers are those that the OpenAPI description promises."""
+    path = (path if path.startswith("/") else API + path).partition("?")[0]
+    operation = description()["paths"].get(path, {}).get(method.lower())
+    if operation is None or response.status_code == 500:
+        return
+    answers = operation["responses"]
+    assert str(response.status_code) in answers, f"{response.status_code} is not described"
+    content = answers[str(response.status_code)]["content"]
+    media_type = response["Content-Type"].partition(";")[0]
+    assert media_type in content
+    if media_type == "application/json":
+        validator(content[media_type]["schema"]["$ref"]).validate(json.loads(response.content))
+
+
 @dataclass
 class Caller:
     """Calls the API as AutoModel or a person would; ``client`` holds cookies, if any."""
@@ -119,7 +149,7 @@ class Caller:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         if self.token is not None:
             headers.setdefault("Authorization", f"Bearer {self.token}")
-        return self.client.generic(
+        response = self.client.generic(
             method,
             path if path.startswith("/") else API + path,
             b"" if body is None else data,
@@ -127,6 +157,8 @@ class Caller:
             CONTENT_TYPE=headers.pop("Content_Type", "application/json"),
             headers={name.replace("_", "-"): value for name, value in headers.items()},
         )
+        assert_described(method, path, response)
+        return response
 
     def post(self, path: str, body: Any, **headers: str) -> Any:
         return self.call("POST", path, body, **headers)

@@ -26,6 +26,7 @@ from billing import ledger
 from billing.accounts import account_get_or_create
 from billing.audit import find_drift
 from billing.ledger import Ended, Placed, Refused
+from billing.ledger_sql import COUNTERS
 from billing.limits import LIMITS, WINDOWS, Limit, LimitStates, window_start
 from billing.models import Hold, Meter, Tier
 from billing.money import QUANTUM, ZERO
@@ -110,7 +111,7 @@ class Purse:
     def used(self, window: str) -> dict[str, Decimal]:
         """The meter's counters of one window."""
         meter = Meter.objects.get(account_id=self.id)
-        return {name: getattr(meter, f"{window}_{name}") for name in ledger.COUNTERS}
+        return {name: getattr(meter, f"{window}_{name}") for name in COUNTERS}
 
     @property
     def stopped(self) -> bool:

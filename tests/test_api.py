@@ -445,7 +445,9 @@ def test_the_schemas_own_parameters_are_harmless(client: Client, path: str, quer
 # --- What the server itself lacks -------------------------------------------------------------
 
 
-def test_without_its_database_it_says_503(automodel: Caller, monkeypatch: pytest.MonkeyPatch):
+def test_without_its_database_it_says_503(
+    automodel: Caller, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     from billing.sql import Statement
 
     def gone(*_: Any, **__: Any) -> None:
@@ -456,6 +458,9 @@ def test_without_its_database_it_says_503(automodel: Caller, monkeypatch: pytest
         problem = error(response, 503)
         assert problem["code"] == "unavailable"
         assert "hunter2" not in response.content.decode()
+    assert "database unavailable" in caplog.text
+    assert "defect" not in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 def test_a_catalogue_that_cannot_be_read_is_a_503(

@@ -16,6 +16,7 @@ from django.db import connection
 from billing import ledger
 from billing.accounts import account_get_or_create
 from billing.ledger import DuplicateKey, Placed, Refused
+from billing.ledger_sql import COUNTERS
 from billing.limits import BY_NAME, LIMITS, WINDOW_LIMITS, window_start
 from billing.models import Account, AccountHour, Hold, Tier
 from billing.money import QUANTUM, ZERO
@@ -721,7 +722,7 @@ def test_amounts_keep_all_ten_places_through_many_moves() -> None:
         *(
             f"UPDATE billing_meter SET {window}_{name} = {window}_{name} + 1"
             for window in LENGTH
-            for name in ledger.COUNTERS
+            for name in COUNTERS
         ),
         *(
             f"UPDATE billing_accounthour SET {name} = {name} + 1"

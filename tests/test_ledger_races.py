@@ -23,14 +23,16 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from django.db import connection, transaction
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 
 from billing import ledger
 from billing.ledger import DuplicateKey, Ended, Placed, Refused
+from billing.ledger_sql import PLACE
 from billing.models import AccountHour, Hold, Tier
 from billing.sql import Statement
 from swapper import usage
@@ -195,9 +197,9 @@ def test_control_without_the_guard_the_same_load_overspends(
     tier = make_tier(**MONEY | COUNTS)
     alice = make_purse()
     if guard == "no row lock":
-        unguarded = Statement(ledger.PLACE.sql.replace("FOR NO KEY UPDATE OF m", ""))
-        assert unguarded.sql != ledger.PLACE.sql
-        unguarded.names = ledger.PLACE.names
+        unguarded = Statement(PLACE.sql.replace("FOR NO KEY UPDATE OF m", ""))
+        assert unguarded.sql != PLACE.sql
+        unguarded.names = PLACE.names
         monkeypatch.setattr(ledger, "PLACE", unguarded)
     else:
         monkeypatch.setattr(ledger, "hold", read_then_write(ledger.hold))
@@ -449,6 +451,35 @@ def test_reports_and_sweeps_at_once_leave_one_log_row_and_a_true_rollup(
         assert sums["prompt_tokens"] == 700 * calls
     assert len(firsts) == 2, f"it was no race: {firsts}"
     assert alice.used("day")["usd_held"] == 0
+
+
+def test_a_hold_whose_log_row_cannot_be_written_expires_and_holds_up_no_other(
+    shelf: Shelf, automodel: Caller
+) -> None:
+    alice = make_purse(name="alice", tier=make_tier())
+    first, second = (automodel.select(user_id="alice").json() for _ in range(2))
+    context = overdue(first).context
+    context["chain"][0]["id"] = str(uuid4())  # a model that was deleted since
+    Hold.objects.filter(pk=first["request_id"]).update(
+        context=context, expires_at=datetime(2019, 1, 1, tzinfo=UTC)
+    )
+    third = alice.place("0.1", at=None, context='{"chain": 3}')
+    overdue({"request_id": third})
+    overdue(second)
+    assert usage.expire_overdue() == 3
+    assert set(Hold.objects.values_list("state", "unreported")) == {("expired", True)}
+    assert UsageLog.objects.get().request_id == UUID(second["request_id"])
+    assert alice.settle(third, "0.01", at=None) is not None
+
+
+def test_the_sweeper_goes_by_the_databases_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of its own that is fast would have it try the same holds for ever."""
+    make_tier()
+    make_purse().place("1", at=None)
+    monkeypatch.setattr("django.utils.timezone.now", lambda: datetime(2100, 1, 1, tzinfo=UTC))
+    with CaptureQueriesContext(connection) as queries:
+        assert usage.expire_overdue(limit=1) == 0
+    assert len(queries) == 1
 
 
 def test_the_same_report_50_times_at_once_is_one_charge_and_one_answer(

@@ -296,15 +296,20 @@ def test_a_model_that_may_not_be_used_is_not(
 
 def test_there_are_up_to_three_fallbacks_and_the_hold_covers_each(automodel: Caller, shelf: Shelf):
     for number in range(6):
-        make_model(make_provider(f"p{number}"), f"extra{number}", "0.002", "0.006")
+        rate = f"0.00{20 + number}"
+        make_model(make_provider(f"p{number}"), f"extra{number}", rate, rate)
+    dearer = 0
     for priority in ("medium", "high", "critical"):
-        answer = ok(automodel.select(priority=priority))
-        chain = [answer["estimated_cost"]] + [
-            link["estimated_cost"] for link in answer["fallback_models"]
-        ]
-        assert len(chain) == 4
-        assert max(map(Decimal, chain)) == Decimal(answer["held"])
-        assert len(set(names(answer))) == 4
+        for excluded in ([], ["openai"], ["openai", "anthropic"]):
+            answer = ok(automodel.select(priority=priority, excluded_providers=excluded))
+            chain = [answer["estimated_cost"]] + [
+                link["estimated_cost"] for link in answer["fallback_models"]
+            ]
+            assert len(chain) == len(set(names(answer))) == 4
+            held = Hold.objects.get(pk=answer["request_id"]).held_usd
+            assert max(map(Decimal, chain)) == Decimal(answer["held"]) == held
+            dearer += held > Decimal(answer["estimated_cost"])
+    assert dearer, "no fallback was dearer than the chosen one: this proved nothing"
 
 
 def test_a_fallback_at_another_provider_comes_first(automodel: Caller, shelf: Shelf):

@@ -1,0 +1,153 @@
+"""A decision as kept with its hold: for the same answer again, the report and the page."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from billing.limits import LimitStates
+from billing.money import plain
+from swapper import pricing, selection
+from swapper.catalogue import Task
+from swapper.messages import SelectRequest
+from swapper.selection import Candidate, Choice, Ranking
+
+encoder = msgspec.json.Encoder(decimal_format="string")
+
+
+class Link(msgspec.Struct, frozen=True):
+    """A model of the chain as it was when the hold was taken."""
+
+    id: str
+    name: str
+    provider_id: str
+    provider_type: str
+    price_id: int
+    estimated_cost: Decimal
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """What a hold's context keeps: enough for the same answer again, the report and the page."""
+
+    task_type: str
+    task_type_id: str
+    chain: tuple[Link, ...]
+    cost_breakdown: dict[str, Any]
+    reasoning: str
+    downgraded: bool
+    cost_warning: str | None
+    asked: dict[str, Any]
+    candidates: tuple[dict[str, Any], ...]
+    excluded: dict[str, int]
+
+    @classmethod
+    def of(cls, ranking: Ranking, choice: Choice, task: Task, request: SelectRequest) -> Stored:
+        query, chosen = ranking.query, choice.chosen
+        best = ranking.best(selection.EXPLAINED)
+        estimate = pricing.cost(
+            chosen.card.schedule, query.prompt_tokens, query.completion_tokens, at=query.at
+        )
+        return cls(
+            task_type=task.name,
+            task_type_id=task.id,
+            chain=tuple(link(candidate) for candidate in choice.chain),
+            cost_breakdown={
+                "prompt_tokens": query.prompt_tokens,
+                "completion_tokens": query.completion_tokens,
+                "prompt_cost": plain(estimate.prompt_cost),
+                "completion_cost": plain(estimate.completion_cost),
+                "total_cost": plain(estimate.total),
+            },
+            reasoning=selection.explain(ranking, choice, best),
+            downgraded=choice.too_dear is not None,
+            cost_warning=cost_warning(ranking, choice),
+            asked=msgspec.to_builtins(request, builtin_types=(Decimal,)),
+            candidates=tuple(
+                {
+                    "name": c.card.name,
+                    "provider_type": c.card.provider_type,
+                    "estimated_cost": c.estimate_usd,
+                    "score": c.score,
+                    "parts": c.parts,
+                }
+                for c in best
+            ),
+            excluded=ranking.excluded,
+        )
+
+
+_stored_decoder = msgspec.json.Decoder(Stored)
+
+
+def read_stored(context: str) -> Stored:
+    return _stored_decoder.decode(context)
+
+
+def link(candidate: Candidate) -> Link:
+    card = candidate.card
+    return Link(
+        id=card.id,
+        name=card.name,
+        provider_id=card.provider_id,
+        provider_type=card.provider_type,
+        price_id=card.price_id,
+        estimated_cost=candidate.estimate_usd,
+    )
+
+
+def cost_warning(ranking: Ranking, choice: Choice) -> str | None:
+    utilisation = ranking.query.money_utilisation
+    if choice.too_dear is not None:
+        return "A cheaper model was chosen because the better one does not fit what is free."
+    if utilisation >= selection.PRESSURE_FROM:
+        return f"{utilisation:.0%} of a spending limit is used or held."
+    return None
+
+
+def answer_of(
+    stored: Stored,
+    *,
+    hold_id: UUID | None,
+    held: Decimal,
+    expires_at: datetime,
+    limits: LimitStates,
+    warnings: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The body of select-model; a dry run has no request_id, because nothing is held."""
+    chosen, *fallbacks = stored.chain
+    dry_run = hold_id is None
+    return {
+        "request_id": hold_id,
+        "selected_model_id": chosen.id,
+        "selected_model_name": chosen.name,
+        "provider_id": chosen.provider_id,
+        "provider_type": chosen.provider_type,
+        "estimated_cost": plain(chosen.estimated_cost),
+        "cost_breakdown": stored.cost_breakdown,
+        "max_completion_tokens": stored.cost_breakdown["completion_tokens"],
+        "held": "0" if dry_run else plain(held),
+        "hold_expires_at": None if dry_run else expires_at,
+        "dry_run": dry_run,
+        "fallback_models": [
+            {
+                "id": link.id,
+                "name": link.name,
+                "provider_id": link.provider_id,
+                "provider_type": link.provider_type,
+                "estimated_cost": plain(link.estimated_cost),
+            }
+            for link in fallbacks
+        ],
+        "using_user_keys": False,
+        "security_level": "system",
+        "reasoning": stored.reasoning,
+        "downgraded": stored.downgraded,
+        "cost_warning": stored.cost_warning,
+        "security_warning": None,
+        "warnings": warnings,
+        "limits": limits.as_json(),
+    }

@@ -1,0 +1,138 @@
+"""Why a request gets no model, in an answer that explains itself (SPEC section 5, errors)."""
+
+from __future__ import annotations
+
+import dataclasses
+from decimal import Decimal
+from typing import Any
+
+from django.conf import settings
+
+from billing import ledger
+from billing.limits import LimitState
+from billing.money import plain
+from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
+from swapper import selection
+from swapper.catalogue import Snapshot
+from swapper.context import Caller
+from swapper.selection import Candidate, Choice, Ranking
+
+
+def in_words(candidate: Candidate | None) -> dict[str, Any] | None:
+    if candidate is None:
+        return None
+    return {**candidate.card.as_json(), "estimated_cost": plain(candidate.estimate_usd)}
+
+
+def nothing_serves(
+    snapshot: Snapshot, query: selection.Query, ranking: Ranking, caller: Caller
+) -> MswapError:
+    """No model may serve: is it the tier, the caller's own max_cost, or nobody can?"""
+    extra: dict[str, Any] = {"task_type": query.task_type, "excluded": ranking.excluded}
+    if ranking.excluded.get("max_cost"):
+        without = selection.rank(snapshot.table, dataclasses.replace(query, max_cost=None))
+        return MswapError(
+            "Every model that could serve costs more than max_cost.",
+            code="max_cost_exceeded",
+            status=402,
+            requested=plain(query.max_cost or Decimal(0)),
+            cheapest_fit=in_words(without.cheapest()),
+            **extra,
+        )
+    if ranking.excluded.get("tier_price"):
+        for tier in snapshot.tiers.values():
+            higher = dataclasses.replace(query, max_price_per_1k=tier.max_price_per_1k_usd)
+            if len(selection.rank(snapshot.table, higher)):
+                return Forbidden(
+                    f"The models for this are too dear for {caller.row.effective_tier};"
+                    f" {tier.code} may use them.",
+                    code="tier_required",
+                    tier=caller.row.effective_tier,
+                    tier_needed=tier.code,
+                    **extra,
+                )
+    return Unavailable("No enabled model with a known price can do this.", code="no_model", **extra)
+
+
+def refusal(refused: ledger.Refused, ranking: Ranking, choice: Choice) -> MswapError:
+    """The ledger's refusal as an answer that explains itself."""
+    requested = choice.hold_usd
+    cheapest = ranking.cheapest()
+    match refused.rule:
+        case "account_stopped":
+            return emergency(
+                "account",
+                "This account's spending in one hour reached the emergency threshold. Staff or the"
+                " owner must let it go on.",
+            )
+        case "system_stopped":
+            return emergency(
+                "system", "The spending of all accounts tripped the system-wide emergency stop."
+            )
+        case "emergency_request":
+            return emergency(
+                "request",
+                "A single request of this size is never allowed.",
+                requested=plain(requested),
+                cheapest_fit=in_words(cheapest),
+            )
+        case "approval_required":
+            return Conflict(
+                f"This is estimated at ${plain(requested)}. Send it again with approved: true.",
+                code="approval_required",
+                estimated_cost=plain(requested),
+                approval_threshold=plain(refused.approval_threshold_usd or Decimal(0)),
+                model=in_words(choice.chosen),
+                cheapest_alternative=in_words(cheapest),
+            )
+    return limit_refusal(refused.limits[refused.rule], refused, requested, ranking, cheapest)
+
+
+def emergency(scope: str, message: str, **extra: Any) -> MswapError:
+    return MswapError(
+        message,
+        code="emergency_stop",
+        status=402,
+        scope=scope,
+        threshold=plain(
+            settings.SYSTEM_HOURLY_LIMIT_USD
+            if scope == "system"
+            else settings.EMERGENCY_THRESHOLD_USD
+        ),
+        **extra,
+    )
+
+
+def limit_refusal(
+    state: LimitState,
+    refused: ledger.Refused,
+    requested_usd: Decimal,
+    ranking: Ranking,
+    cheapest: Candidate | None,
+) -> MswapError:
+    kind = state.kind
+    requested = {
+        "usd": requested_usd,
+        "tokens": Decimal(ranking.query.tokens),
+        "requests": Decimal(1),
+    }[kind.measure]
+    retry_after = None
+    if kind.measure != "usd" and state.resets_at is not None:
+        retry_after = max(1, int((state.resets_at - refused.at).total_seconds()) + 1)
+    unit = "$" if kind.measure == "usd" else ""
+    message = (
+        f"The {kind.words} is {unit}{state.number(state.limit)}: {unit}{state.number(state.spent)}"
+        f" spent, {unit}{state.number(state.held)} held, {unit}{state.number(state.free)} free,"
+        f" {unit}{state.number(requested)} asked."
+    )
+    return MswapError(
+        message,
+        code={"usd": "spending_limit", "tokens": "token_limit", "requests": "request_limit"}[
+            kind.measure
+        ],
+        status=402 if kind.measure == "usd" else 429,
+        retry_after=retry_after,
+        **{**state.as_json(), "limit": kind.name, "limit_value": state.number(state.limit)},
+        requested=state.number(requested),
+        cheapest_fit=in_words(cheapest),
+    )
