@@ -7,10 +7,10 @@ from rest_framework.renderers import JSONRenderer
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from mswap_site.urls import handler404, handler500
+from mswap_site.urls import handler400, handler404, handler500
 from mswap_site.urls import urlpatterns as real
 
-__all__ = ["handler404", "handler500", "urlpatterns"]
+__all__ = ["handler400", "handler404", "handler500", "urlpatterns"]
 
 
 class Body(serializers.Serializer):

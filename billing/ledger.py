@@ -34,7 +34,7 @@ from billing.ledger_sql import END, NOT_STOPPED, PLACE
 from billing.limits import BY_NAME, LimitStates, warnings_of
 from billing.models import Hold
 from billing.money import ZERO, cost_amount, hold_amount
-from billing.sql import Statement, moment
+from billing.sql import Statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def hold(
         raise
     if row is None:
         raise LookupError(f"Account {account_id} has no meter.")
-    at = moment(row.at_us)
+    at = row.at
     limits = LimitStates.from_counters(row.counters, at)
     if row.refused_by is not None:
         # What was free may have gone to this very request, sent twice at once.
@@ -167,9 +167,8 @@ def _end(
         row = statement.one(params)
     if row is None:
         return None
-    at = moment(row.at_us)
-    limits = LimitStates.from_counters(row.counters, at)
-    return Ended(at, row.charged_usd, row.overrun, limits)
+    limits = LimitStates.from_counters(row.counters, row.at)
+    return Ended(row.at, row.charged_usd, row.overrun, limits)
 
 
 def settle(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from billing.limits import LIMITS, WARNING_PERCENTS, WINDOW_LIMITS, WINDOWS, Limit
 from billing.models import SystemHour
-from billing.sql import Statement, microseconds
+from billing.sql import Statement
 
 
 def spent_column(limit: Limit) -> str:
@@ -192,7 +192,7 @@ WITH locked AS MATERIALIZED (
     FROM after t JOIN taken USING (account_id) JOIN answer w USING (account_id)
     RETURNING id
 )
-SELECT v.refused_by, {microseconds("v.at")} AS at_us,
+SELECT v.refused_by, v.at,
     COALESCE(w.counters, {counters_array("v")}) AS counters,
     COALESCE(v.approval_threshold_usd, v.usd_per_request / 2) AS approval_threshold_usd,
     (SELECT count(*) FROM placed) AS placed
@@ -324,7 +324,7 @@ WITH before AS MATERIALIZED (
     ON CONFLICT (account_id) WHERE reset_at IS NULL DO NOTHING
     RETURNING account_id
 ){record}
-SELECT {microseconds("e.at")} AS at_us, e.charged_usd, e.overrun, e.ended_counters AS counters
+SELECT e.at, e.charged_usd, e.overrun, e.ended_counters AS counters
 FROM ended e
 """.replace("%%", "%").replace("%(state)s", "%(state)s::text")
     )

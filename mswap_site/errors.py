@@ -124,6 +124,11 @@ def not_found(request: HttpRequest, exception: Exception | None = None) -> JsonR
     return JsonResponse(NotFound("No such address.").body(), status=404)
 
 
+def bad_request(request: HttpRequest, exception: Exception | None = None) -> JsonResponse:
+    """handler400: a Host header, say, that is not ours."""
+    return JsonResponse(Invalid("The request can't be accepted.").body(), status=400)
+
+
 def server_error(request: HttpRequest) -> JsonResponse:
     """handler500: the last resort outside DRF (a page, a middleware)."""
     error = MswapError("This is a defect of ours; it has been logged.", code="internal", status=500)

@@ -45,9 +45,7 @@ DATABASES["default"]["CONN_HEALTH_CHECKS"] = True
 DATABASES["default"].setdefault("OPTIONS", {}).update(
     # The hot statements are prepared once per connection: planning them anew costs more than
     # running them. The ORM sends literals, which this setting does not touch.
-    options="-c plan_cache_mode=force_generic_plan -c jit=off",
-    # Django's default, None, would forbid preparing altogether; its own cursors never do.
-    prepare_threshold=5,
+    options="-c plan_cache_mode=force_generic_plan -c jit=off -c timezone=UTC",
     connect_timeout=5,
 )
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -101,6 +99,7 @@ AUTH_PASSWORD_VALIDATORS = [
     for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
 ]
 LANGUAGE_CODE = "en-us"
+USE_I18N = False
 TIME_ZONE = "UTC"
 USE_TZ = True
 STATIC_URL = "static/"

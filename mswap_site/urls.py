@@ -7,5 +7,6 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("api/", include("mswap_site.api_urls")),
 ]
+handler400 = errors.bad_request
 handler404 = errors.not_found
 handler500 = errors.server_error

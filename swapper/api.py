@@ -147,7 +147,7 @@ class Usage(JsonView):
         if output not in ("json", "csv"):
             raise Invalid("format is json or csv.", field="format")
         period = totals.read_period(
-            query_text(request, "from"), query_text(request, "to"), caller.read_at
+            query_text(request, "from"), query_text(request, "to"), row.read_at
         )
         if output == "csv":
             group = group_by or "day"
@@ -159,7 +159,7 @@ class Usage(JsonView):
             {
                 "account": row.external_id,
                 "tier": row.tier_id,
-                "totals": totals.totals(row.account_id, caller.read_at),
+                "totals": totals.totals(row.account_id, row.read_at),
                 "limits": caller.limits().as_json(),
                 "from": period.start,
                 "to": period.end,

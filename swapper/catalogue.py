@@ -56,9 +56,15 @@ SELECT name, id::text, ARRAY(SELECT jsonb_array_elements_text(
         WHEN 'array' THEN metadata -> 'required_capabilities' ELSE '[]' END)) FROM task_types
 """
 
+# Columns set to 0/0 mean "unknown", never "free": a free model has a price row that says so.
+FORGET_PRICES = """
+UPDATE models m SET price_id = NULL FROM swapper_price r
+WHERE r.id = m.price_id AND m.cost_per_1k_prompt_tokens = 0 AND m.cost_per_1k_completion_tokens = 0
+    AND (r.prompt_per_1k <> 0 OR r.completion_per_1k <> 0)
+"""
+
 # A row whose columns no longer say what its price row says was changed by hand (the admin, or
-# SQL): from now on the flat columns count, as a new price. 0/0 without a price row is "unknown",
-# never "free"; a free model has a price row that says so.
+# SQL): from now on the flat columns count, as a new price.
 RECORD_CHANGED_PRICES = """
 WITH changed AS (
     SELECT m.id, m.cost_per_1k_prompt_tokens AS prompt,
@@ -87,6 +93,7 @@ UPDATE models m SET price_id = recorded.id FROM recorded WHERE m.id = recorded.m
 def record_changed_prices(source: str = "staff") -> int:
     """Give each model whose flat price columns changed a new Price row; return how many."""
     with connection.cursor() as cursor:
+        cursor.execute(FORGET_PRICES)
         cursor.execute(RECORD_CHANGED_PRICES, {"source": source})
         return int(cursor.rowcount)
 

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, ClassVar
 
 from rest_framework.request import Request
 
 from billing.ledger_sql import EFFECTIVE_TIER, counters_array, rolled_over
 from billing.limits import LIMITS, LimitStates
-from billing.sql import microseconds, moment
 from mswap_site.errors import Forbidden, NotAuthenticated, NotFound
 
 TIER_AND_COUNTERS = f"""
     a.id AS account_id, a.external_id, a.tier_id, t.code AS effective_tier,
     t.max_price_per_1k_usd, t.own_keys,
     COALESCE(t.approval_threshold_usd, t.usd_per_request / 2) AS approval_threshold_usd,
-    m.stopped_at, {microseconds("s.at")} AS read_us,
+    m.stopped_at, s.at AS read_at,
     {counters_array("s")} AS counters
 """
 METER = f"""
@@ -46,10 +44,10 @@ ACCOUNT_CONTEXT = f"""
     WHERE a.id = COALESCE(k.account_id,
         (SELECT id FROM billing_account WHERE external_id = %(user_id)s::text))
 """
-HOLD_CONTEXT = f"""
+HOLD_CONTEXT = """
     SELECT a.id AS account_id, a.external_id, a.tier_id,
         h.id AS hold_id, h.state, h.unreported, h.overrun, h.report_digest, h.charged_usd,
-        {microseconds("h.admitted_at")} AS admitted_us, h.ended_at, h.ended_counters, h.own_key,
+        h.admitted_at, h.ended_at, h.ended_counters, h.own_key,
         h.context::text AS hold_context
     FROM billing_hold h JOIN billing_account a ON a.id = h.account_id
     WHERE h.id = %(request_id)s::uuid AND (k.account_id IS NULL OR k.account_id = h.account_id)
@@ -98,14 +96,9 @@ class Caller:
         if not self.is_service and user_id not in (None, self.row.external_id):
             raise NotFound
 
-    @property
-    def read_at(self) -> datetime:
-        """The database's time when the context was read."""
-        return moment(self.row.read_us)
-
     def limits(self) -> LimitStates:
         """Every limit as the context statement read it."""
-        return LimitStates.from_counters(self.row.counters, self.read_at)
+        return LimitStates.from_counters(self.row.counters, self.row.read_at)
 
 
 def caller_of(request: Request) -> Caller:

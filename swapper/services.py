@@ -151,7 +151,7 @@ def make_query(
         needs=task.needs.union(request.required_capabilities or ()),
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
-        at=caller.read_at,
+        at=caller.row.read_at,
         priority=request.priority,
         preferred_providers=request.preferred_providers or (),
         excluded_providers=request.excluded_providers or (),

@@ -17,7 +17,6 @@ from billing.ledger_sql import end_statement
 from billing.limits import LimitStates
 from billing.models import Hold
 from billing.money import ZERO, plain
-from billing.sql import moment
 from mswap_site.errors import Conflict, Invalid, NotFound
 from swapper import messages, pricing
 from swapper.catalogue import catalogue, schedule
@@ -130,7 +129,7 @@ def call_of(
         call.prompt_tokens,
         call.completion_tokens,
         call.cached_prompt_tokens or 0,
-        at=moment(row.admitted_us),
+        at=row.admitted_at,
     )
     return {
         "model_id": model_id,

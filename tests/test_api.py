@@ -506,3 +506,9 @@ def test_an_answer_is_not_cached_and_not_framed(automodel: Caller):
 def test_scopes_come_before_the_body(automodel: Caller):
     """Who may not ask learns nothing about what it asked."""
     assert error(caller("usage").post("select-model", b"{"), 403)["code"] == "scope_required"
+
+
+def test_a_host_that_is_not_ours_is_a_400_in_the_one_shape(automodel: Caller) -> None:
+    refused = automodel.client.get("/api/modelswapper/me", headers={"Host": "evil.example"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "invalid"

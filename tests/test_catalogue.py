@@ -179,6 +179,13 @@ def test_the_same_price_in_other_digits_is_no_change(shelf: Shelf):
     assert record_changed_prices() == 0
 
 
+def test_a_price_set_to_nothing_is_unknown_and_never_free(shelf: Shelf):
+    edit(shelf.tiny, cost_per_1k_prompt_tokens=0, cost_per_1k_completion_tokens=0)
+    assert str(shelf.tiny.pk) not in catalogue.snapshot().table.by_id
+    shelf.tiny.refresh_from_db()
+    assert shelf.tiny.price_id is None
+
+
 def test_a_model_gets_its_first_price_from_staff(shelf: Shelf):
     model = make_model(shelf.large.provider, "new", None)
     assert record_changed_prices() == 0

@@ -565,7 +565,9 @@ def test_money_given_back_and_taken_again_does_not_warn_twice() -> None:
     hold, result = alice.ask("0.6")
     assert warned(result) == [("usd_per_day", 50)]
     alice.release(hold)
-    assert warned(alice.ask("0.6")[1]) == []
+    assert warned(alice.ask("0.1")[1]) == []
+    assert warned(alice.ask("0.5")[1]) == []
+    assert warned(alice.ask("0.2")[1]) == [("usd_per_day", 80)]
 
 
 def test_own_keys_warn_of_no_usd_limit() -> None:
