@@ -1,4 +1,7 @@
-"""The real addresses, plus `/floor`: a DRF view that validates a small body and does nothing."""
+"""The real addresses, plus two floors: DRF views that validate a body and do nothing.
+
+`/floor` knows four fields; `/floor-same` knows all that select-model knows.
+"""
 
 from django.urls import path
 from rest_framework import serializers
@@ -22,16 +25,41 @@ class Body(serializers.Serializer):
     estimated_tokens = serializers.IntegerField(min_value=1)
 
 
+class SameBody(serializers.Serializer):
+    """The fields of select-model, as a serializer would check them."""
+
+    task_type = serializers.CharField(max_length=200)
+    user_id = serializers.CharField(max_length=200, required=False)
+    user_tier = serializers.CharField(max_length=200, required=False)
+    estimated_tokens = serializers.IntegerField(min_value=1, required=False)
+    prompt_tokens = serializers.IntegerField(min_value=0, required=False)
+    max_completion_tokens = serializers.IntegerField(min_value=0, required=False)
+    priority = serializers.ChoiceField(["low", "medium", "high", "critical"], default="medium")
+    max_cost = serializers.DecimalField(20, 10, required=False)
+    preferred_providers = serializers.ListField(child=serializers.CharField(), required=False)
+    excluded_providers = serializers.ListField(child=serializers.CharField(), required=False)
+    min_context_length = serializers.IntegerField(min_value=0, required=False)
+    required_capabilities = serializers.ListField(child=serializers.CharField(), required=False)
+    use_user_keys = serializers.BooleanField(default=False)
+    approved = serializers.BooleanField(default=False)
+    dry_run = serializers.BooleanField(default=False)
+
+
 class Floor(APIView):
+    serializer = Body
     authentication_classes = ()
     permission_classes = ()
     parser_classes = (JSONParser,)
     renderer_classes = (JSONRenderer,)
 
     def post(self, request):
-        body = Body(data=request.data)
+        body = self.serializer(data=request.data)
         body.is_valid(raise_exception=True)
         return Response(body.validated_data)
 
 
-urlpatterns = [path("floor", Floor.as_view()), *real]
+urlpatterns = [
+    path("floor", Floor.as_view()),
+    path("floor-same", Floor.as_view(serializer=SameBody)),
+    *real,
+]
