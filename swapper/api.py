@@ -10,6 +10,7 @@ from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
+from billing import ledger
 from billing.money import plain
 from mswap_site.errors import Invalid, MswapError, NotFound
 from mswap_site.rendering import encoder
@@ -98,7 +99,11 @@ class SelectModel(JsonView):
             services.account_for(caller, message)
             caller = authenticate_again(request)
         caller.check_names(message.user_id)
-        selected = services.select_model(caller, message, key)
+        try:
+            selected = services.select_model(caller, message, key)
+        except ledger.DuplicateKey:
+            # Its twin got the hold after this one had looked: now the answer is there.
+            selected = services.select_model(authenticate_again(request), message, key)
         ok = selected.replayed or message.dry_run
         return json_response(selected.answer, 200 if ok else 201)
 

@@ -308,8 +308,7 @@ def _error_from(response: httpx2.Response) -> ModelSwapperError:
     code = str(error.pop("code", f"http_{status}"))
     message = str(error.pop("message", f"ModelSwapper answered {status}."))
     kind: type[ModelSwapperError]
-    # in_progress: an earlier try under the same key is being answered; it is there in a moment.
-    if status >= 500 or code == "in_progress":
+    if status >= 500:
         kind = UnavailableError
     elif code == "approval_required":
         kind = ApprovalRequiredError

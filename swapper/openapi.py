@@ -393,10 +393,6 @@ class IdempotencyConflict(Refusal, tag="idempotency_conflict"):
     pass
 
 
-class InProgress(Refusal, tag="in_progress"):
-    pass
-
-
 class AlreadyReported(Refusal, tag="already_reported"):
     pass
 
@@ -529,7 +525,6 @@ select_model = extend_schema(
                 "Needs approval, or the Idempotency-Key is taken.",
                 ApprovalRequired,
                 IdempotencyConflict,
-                InProgress,
             ),
             429: refusal("LimitReached", "A token or request limit.", TokenLimit, RequestLimit),
             503: refusal(

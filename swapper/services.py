@@ -38,7 +38,8 @@ def select_model(caller: Caller, request: SelectRequest, idempotency_key: str | 
     """Choose a model for ``request`` and hold its cost.
 
     ``caller.row`` is a row of context.ACCOUNT_CONTEXT with an account. Raises the MswapErrors of
-    SPEC section 5; after any of them nothing is held.
+    SPEC section 5, and ledger.DuplicateKey where a request with the same key got its hold after
+    that row was read; after any of them nothing is held.
     """
     request_digest = messages.digest(request) if idempotency_key else None
     if idempotency_key and not request.dry_run and caller.row.hold_id is not None:
@@ -65,25 +66,18 @@ def select_model(caller: Caller, request: SelectRequest, idempotency_key: str | 
         choice = None if attempt == TRIES - 1 else ranking.choose(room, chain_cap_usd=threshold)
         choice = choice or cheapest_alone(ranking)
         stored = Stored.of(ranking, choice, task, request)
-        try:
-            result = ledger.hold(
-                hold_id=hold_id,
-                account_id=caller.row.account_id,
-                usd=choice.hold_usd,
-                tokens=query.tokens,
-                approved=request.approved,
-                user_tier=request.user_tier and request.user_tier.upper(),
-                dry_run=request.dry_run,
-                idempotency_key=None if request.dry_run else idempotency_key,
-                request_digest=request_digest,
-                context=encoder.encode(stored).decode(),
-            )
-        except ledger.DuplicateKey:
-            raise Conflict(
-                "The same request is being answered right now; ask again with the same key.",
-                code="in_progress",
-                retry_after=1,
-            ) from None
+        result = ledger.hold(
+            hold_id=hold_id,
+            account_id=caller.row.account_id,
+            usd=choice.hold_usd,
+            tokens=query.tokens,
+            approved=request.approved,
+            user_tier=request.user_tier and request.user_tier.upper(),
+            dry_run=request.dry_run,
+            idempotency_key=None if request.dry_run else idempotency_key,
+            request_digest=request_digest,
+            context=encoder.encode(stored).decode(),
+        )
         if isinstance(result, ledger.Placed):
             return Selected(
                 answer_of(

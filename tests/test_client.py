@@ -233,7 +233,6 @@ BROKEN: dict[str, Step] = {
     "no answer in time": silent,
     "cut off": Response(201, json.dumps(SELECTION).encode(), {}, cut=True),
     "half the JSON": Response(201, b'{"request_id": "r-1", "sel'),
-    "an earlier try is being answered": error(409, "in_progress", wait="0"),
     "not ours": Response(200, b"<html>It works!</html>"),
     "fields missing": answer({"request_id": "r-1"}, 201),
 }

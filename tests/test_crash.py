@@ -79,8 +79,7 @@ class Load:
             if answer.status in (200, 201):
                 self.replayed += answer.status == 200
                 return answer.json
-            code = answer.json["error"]["code"]
-            if answer.status == 503 or code == "in_progress":
+            if answer.status == 503:
                 self.unavailable += 1
                 time.sleep(0.05)
                 continue
