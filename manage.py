@@ -10,9 +10,13 @@ def main() -> None:
 
     embedded.prepare_environment()
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mswap_site.settings")
+    from django.core.exceptions import ImproperlyConfigured
     from django.core.management import execute_from_command_line
 
-    execute_from_command_line(sys.argv)
+    try:
+        execute_from_command_line(sys.argv)
+    except ImproperlyConfigured as error:
+        sys.exit(f"ModelSwapper can't start. {error}")
 
 
 if __name__ == "__main__":

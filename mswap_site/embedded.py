@@ -29,7 +29,7 @@ timezone = 'UTC'
 
 def prepare_environment() -> None:
     """Set ``DATABASE_URL`` and the development secrets where the environment names none."""
-    if "DATABASE_URL" in os.environ:
+    if os.environ.get("DATABASE_URL"):
         return
     os.environ.setdefault("MSWAP_ENV", "development")
     DATA_DIR.mkdir(parents=True, exist_ok=True)
