@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -60,6 +62,16 @@ def seeded(request: pytest.FixtureRequest) -> None:
     if "transactional_db" in request.fixturenames or (marker and marker.kwargs.get("transaction")):
         request.getfixturevalue("transactional_db")
         seed_tiers()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder for a PostgreSQL of the test's own, whose user is not root.
+
+    Not ``tmp_path``: each pytest that starts closes the folder above it to every other user.
+    """
+    with tempfile.TemporaryDirectory(prefix="mswap-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 def edit(row: Any, **fields: Any) -> None:

@@ -198,7 +198,7 @@ def manage(url: str, *arguments: str) -> str:
 
 @pytest.mark.django_db(transaction=True)
 def test_a_killed_web_process_loses_nothing_and_nothing_is_counted_twice(
-    shelf: Shelf, tmp_path: Path
+    shelf: Shelf, open_folder: Path
 ) -> None:
     seed_tiers()
     make_tier()
@@ -208,7 +208,7 @@ def test_a_killed_web_process_loses_nothing_and_nothing_is_counted_twice(
     token = caller("select", "usage").token
     assert token is not None
     url = database_url()
-    with running_server(url, tmp_path / "server.log") as server:
+    with running_server(url, open_folder / "server.log") as server:
         load = Load(server, token)
         killed = []
         with load.running():
@@ -263,9 +263,9 @@ def kill_postgres(folder: Path) -> None:
 
 
 @pytest.fixture
-def own_postgres(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+def own_postgres(open_folder: Path) -> Iterator[tuple[Path, str]]:
     """A PostgreSQL for this test alone, with the tables: its folder and DATABASE_URL."""
-    folder = tmp_path / "pg"
+    folder = open_folder / "pg"
     url = start_postgres(folder)
     try:
         manage(url, "migrate", "-v0")
@@ -275,11 +275,11 @@ def own_postgres(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_a_killed_postgresql_loses_nothing_and_nothing_is_counted_twice(
-    own_postgres: tuple[Path, str], tmp_path: Path
+    own_postgres: tuple[Path, str], open_folder: Path
 ) -> None:
     folder, url = own_postgres
     token = manage(url, "shell", "-v0", "-c", WORLD).split()[-1]
-    with running_server(url, tmp_path / "server.log") as server:
+    with running_server(url, open_folder / "server.log") as server:
         load = Load(server, token)
         with load.running():
             for _ in range(2):

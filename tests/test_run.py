@@ -40,16 +40,16 @@ def wait_for(what: str, found: Callable[[], Any], seconds: float) -> Any:
     raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
 
 
-def test_one_command_starts_everything_and_the_books_agree(tmp_path: Path) -> None:
+def test_one_command_starts_everything_and_the_books_agree(open_folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    data = tmp_path / "data"
+    data = open_folder / "data"
     # As a newcomer: no database, no secrets, no broker; its own folder beside the tests'.
     ours = ("DATABASE_URL", "DJANGO_SECRET_KEY", "MSWAP_TOKEN_KEY", "MSWAP_MASTER_KEYS")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"MSWAP_DATA_DIR": str(data), "HOLD_TTL": "2", "CATALOGUE_POLL_SECONDS": "0.5"}
-    log = tmp_path / "run.log"
+    log = open_folder / "run.log"
     with log.open("w") as output:
         run = subprocess.Popen(
             [sys.executable, "manage.py", "run", "--port", str(port)],
