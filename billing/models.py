@@ -75,6 +75,11 @@ class Account(models.Model):
         related_name="account",
         help_text="The login that sees this account's pages, if it has one.",
     )
+    system_fallback = models.BooleanField(
+        default=False,
+        db_default=False,
+        help_text="Where its own keys are asked for and can't serve: use system models, and pay.",
+    )
     created_at = models.DateTimeField(db_default=Now(), editable=False)
 
     class Meta:
@@ -198,6 +203,45 @@ class Hold(models.Model):
 
     def __str__(self) -> str:
         return str(self.id)
+
+
+class Budget(models.Model):
+    """What an account lets one of its own keys spend, and has: UTC days and months.
+
+    ``id`` is whatever the caller charges own keys by (a provider's id; opaque here). A cache of
+    the claims' sums, as the meter is of the holds'; an empty limit means "no such limit".
+    """
+
+    id = models.UUIDField(primary_key=True)
+    account = models.ForeignKey(Account, on_delete=models.PROTECT, related_name="budgets")
+    usd_per_day = UsdField(null=True, blank=True, validators=NOT_NEGATIVE)
+    usd_per_month = UsdField(null=True, blank=True, validators=NOT_NEGATIVE)
+
+    day_start = models.DateTimeField(db_default=Now())
+    day_usd_spent = UsdField(default=0, db_default=0)
+    day_usd_held = UsdField(default=0, db_default=0)
+    day_warned = models.SmallIntegerField(default=0, db_default=0)
+    month_start = models.DateTimeField(db_default=Now())
+    month_usd_spent = UsdField(default=0, db_default=0)
+    month_usd_held = UsdField(default=0, db_default=0)
+    month_warned = models.SmallIntegerField(default=0, db_default=0)
+
+
+class Claim(models.Model):
+    """What a hold on own keys sets aside from one budget: all of it, as any of its models may
+    answer. Ends with the hold, at what was really spent there."""
+
+    pk = models.CompositePrimaryKey("hold_id", "budget_id")
+    hold = models.ForeignKey(Hold, on_delete=models.PROTECT, related_name="claims", db_index=False)
+    budget = models.ForeignKey(Budget, on_delete=models.PROTECT, related_name="claims")
+    position = models.SmallIntegerField(help_text="0: the chosen model's, charged on silence.")
+    charged_usd = UsdField(default=0)
+    # (limit, spent, held, warning level) of the day and of the month, right after the hold was
+    # placed and after it ended.
+    counters = ArrayField(models.DecimalField(max_digits=30, decimal_places=10, null=True))
+    ended_counters = ArrayField(
+        models.DecimalField(max_digits=30, decimal_places=10, null=True), null=True
+    )
 
 
 class AccountHour(models.Model):

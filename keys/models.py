@@ -1,4 +1,4 @@
-"""Secrets: access tokens. (A provider's API key is in ``providers.api_key``, sealed.)"""
+"""Access tokens, and who borrowed a key. (A provider's key is in ``providers.api_key``, sealed.)"""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.db.models.functions import Now
 
-from billing.models import Account
+from billing.models import Account, Hold
+from swapper.models import Provider
 
 
 class AccessToken(models.Model):
@@ -16,6 +17,8 @@ class AccessToken(models.Model):
         SELECT = "select", "ask for models"
         USAGE = "usage", "report and read usage"
         KEYS_USE = "keys:use", "borrow an account's key for an open selection"
+        KEYS_SYSTEM = "keys:system", "borrow a system key for an open selection"
+        KEYS_MANAGE = "keys:manage", "see and change an account's provider configs"
         ACCOUNTS_WRITE = "accounts:write", "create accounts at a tier"
 
     name = models.CharField(max_length=100, help_text="What it is for.")
@@ -40,3 +43,30 @@ class AccessToken(models.Model):
 
     def __str__(self) -> str:
         return f"{self.name} (msw_{self.prefix}_…)"
+
+
+class Lending(models.Model):
+    """One handing out of a provider's key: who got it, when, for what, from where. Append-only."""
+
+    at = models.DateTimeField(db_default=Now())
+    hold = models.ForeignKey(Hold, on_delete=models.PROTECT, related_name="lendings")
+    account = models.ForeignKey(Account, on_delete=models.PROTECT, related_name="lendings")
+    provider = models.ForeignKey(Provider, on_delete=models.PROTECT, related_name="lendings")
+    own_key = models.BooleanField()
+    token = models.ForeignKey(AccessToken, on_delete=models.PROTECT, related_name="lendings")
+    remote_address = models.GenericIPAddressField(null=True)
+
+    class Meta:
+        ordering = ("-at",)
+
+    def __str__(self) -> str:
+        return f"{self.provider} to {self.token} at {self.at:%Y-%m-%d %H:%M:%S}"
+
+
+class CheckHour(models.Model):
+    """How many key checks an account asked for in one UTC hour."""
+
+    pk = models.CompositePrimaryKey("account_id", "hour")
+    account = models.ForeignKey(Account, on_delete=models.CASCADE, db_index=False)
+    hour = models.DateTimeField()
+    used = models.SmallIntegerField()

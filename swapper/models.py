@@ -15,6 +15,7 @@ from django.contrib.postgres.fields import ArrayField
 from django.contrib.postgres.functions import RandomUUID
 from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
+from django.db.models import Q
 from django.db.models.functions import Now
 
 from billing.models import Account
@@ -39,6 +40,23 @@ class NumericField(models.DecimalField):
             if value is None or hasattr(value, "resolve_expression")
             else self.to_python(value)
         )
+
+
+class KeyState(models.TextChoices):
+    """What is known of a provider's key."""
+
+    NEVER_CHECKED = "never_checked", "never checked"
+    VALID = "valid", "valid"
+    INVALID = "invalid", "invalid"
+    NO_PERMISSION = "no_permission", "no permission"
+    RATE_LIMITED = "rate_limited", "rate limited"
+    UNREACHABLE = "unreachable", "unreachable"
+    UNREADABLE = "unreadable", "unreadable: re-enter this key"
+
+
+# In these states the key is known not to work. In all others it may: a provider that can't be
+# asked says nothing about the key.
+UNUSABLE_KEY = (KeyState.INVALID, KeyState.NO_PERMISSION, KeyState.UNREADABLE)
 
 
 class Provider(models.Model):
@@ -67,10 +85,44 @@ class Provider(models.Model):
         related_name="providers",
         help_text="Empty: a provider of ours (system key).",
     )
+    allowed_models = ArrayField(
+        models.TextField(),
+        default=list,
+        db_default=[],
+        blank=True,
+        help_text="Names, * for any part; empty: all.",
+    )
+    blocked_models = ArrayField(models.TextField(), default=list, db_default=[], blank=True)
+    key_state = models.TextField(
+        choices=KeyState, default=KeyState.NEVER_CHECKED, db_default=KeyState.NEVER_CHECKED
+    )
+    key_message = models.TextField(
+        blank=True, default="", db_default="", help_text="The state in a sentence, for the owner."
+    )
+    key_set_at = models.DateTimeField(
+        db_default=Now(), help_text="What was found out about an earlier key does not count."
+    )
+    key_checked_at = models.DateTimeField(null=True, blank=True)
+    key_check_due_at = models.DateTimeField(
+        null=True, blank=True, help_text="When to ask the provider next; empty: not by itself."
+    )
+    key_told_at = models.DateTimeField(
+        null=True, blank=True, help_text="When the owner was told that the key does not work."
+    )
+    deleted_at = models.DateTimeField(
+        null=True, blank=True, help_text="Its key is erased; the row stays for the usage it had."
+    )
 
     class Meta:
         db_table = "providers"
         ordering = ("name",)
+        indexes = [
+            # The catalogue looks at ours twice a second, however many the accounts have.
+            models.Index(
+                fields=("id",), condition=Q(account__isnull=True), name="providers_system"
+            ),
+            models.Index(fields=("key_check_due_at",), name="providers_key_check_due"),
+        ]
 
     def __str__(self) -> str:
         return self.name

@@ -82,6 +82,7 @@ class Client:
             }
             answer = self.server.post("select-model", asked, token=self.token)
             if answer.status != 201:
+                assert answer.status in (402, 429), answer.body
                 self.refused.append((answer.status, answer.json["error"], answer.headers))
                 in_a_row += answer.json["error"]["window"] != "request"
                 continue
