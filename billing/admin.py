@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
+from urllib.parse import urlencode
 
 from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin import ModelAdmin
-from django.db.models import QuerySet
+from django.contrib.admin.utils import unquote
+from django.db.models import OuterRef, QuerySet, Subquery
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
+from pghistory.core import event_models
 
 from billing import ledger
 from billing.accounts import make_meter
-from billing.models import Account, BreakerTrip, Hold, Tier
+from billing.models import Account, BreakerTrip, Budget, Hold, Tier
 from billing.money import plain
 
 admin.site.site_header = "ModelSwapper staff"
@@ -46,8 +52,87 @@ class ReadOnly(ModelAdmin):
         return False
 
 
+class Audited(ModelAdmin):
+    """Its "History" is what the triggers wrote, who saw more than the admin's own pages."""
+
+    def history_view(
+        self, request: HttpRequest, object_id: str, extra_context: Any = None
+    ) -> HttpResponse:
+        events = self.model.pgh_event_model._meta
+        chosen = urlencode({"pgh_obj": unquote(object_id)})
+        return HttpResponseRedirect(f"{reverse(changelist(events))}?{chosen}")
+
+
+def changelist(opts: Any) -> str:
+    return f"admin:{opts.app_label}_{opts.model_name}_changelist"
+
+
+def readable(value: Any) -> str:
+    if isinstance(value, Decimal):
+        return plain(value)
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return "–" if value is None or value == "" else str(value)
+
+
+@admin.register(*event_models())
+class EventAdmin(ReadOnly):
+    """The audit: who changed what, and when. Whoever may see a row may see what became of it."""
+
+    list_display = ("pgh_created_at", "pgh_label", "row", "who", "changes")
+    ordering = ("-pgh_id",)
+    list_per_page = 50
+    show_full_result_count = False
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        tracked = self.admin_site.get_model_admin(self.model.pgh_tracked_model)
+        return tracked.has_view_permission(request)
+
+    def get_list_select_related(self, request: HttpRequest) -> list[str]:
+        # The nullable ones: to join the others would lose the events of what is gone by now.
+        return [field.name for field in self.opts.fields if field.is_relation and field.null]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet:
+        rows = self.model._default_manager
+        earlier = rows.filter(pgh_obj=OuterRef("pgh_obj"), pgh_id__lt=OuterRef("pgh_id"))
+        last = earlier.order_by("-pgh_id").values("pgh_id")[:1]
+        return super().get_queryset(request).annotate(earlier_id=Subquery(last))
+
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        shown = super().get_changelist_instance(request)
+        earlier = self.model._default_manager.in_bulk([row.earlier_id for row in shown.result_list])
+        for row in shown.result_list:
+            row.earlier = earlier.get(row.earlier_id)
+        return shown
+
+    @admin.display(description="of")
+    def row(self, event: Any) -> str:
+        # An event has the fields of the row that it is about, so it has a name as that has.
+        return self.model.pgh_tracked_model.__str__(event)
+
+    @admin.display(description="by")
+    def who(self, event: Any) -> str:
+        known: Mapping[str, Any] = event.pgh_context or {}
+        if "username" in known:
+            return known["username"]
+        names = [f"{name} {known[name]}" for name in ("token", "account") if name in known]
+        return ", ".join(names) or "the system"
+
+    @admin.display(description="changes")
+    def changes(self, event: Any) -> str:
+        if event.pgh_label != "update" or event.earlier is None:
+            return "–"
+        return "; ".join(
+            f"{field.verbose_name}: {readable(old)} → {readable(new)}"
+            for field in self.opts.fields
+            if not field.name.startswith("pgh_")
+            and (old := getattr(event.earlier, field.attname))
+            != (new := getattr(event, field.attname))
+        )
+
+
 @admin.register(Tier)
-class TierAdmin(ModelAdmin):
+class TierAdmin(Audited):
     list_display = (
         "code",
         usd("usd_per_day"),
@@ -68,8 +153,16 @@ class TierAdmin(ModelAdmin):
 
 
 @admin.register(Account)
-class AccountAdmin(ModelAdmin):
-    list_display = ("external_id", "tier", "user", "spent_today", "held_today", "stopped")
+class AccountAdmin(Audited):
+    list_display = (
+        "external_id",
+        "tier",
+        "user",
+        "system_fallback",
+        "spent_today",
+        "held_today",
+        "stopped",
+    )
     list_filter = ("tier",)
     search_fields = ("external_id", "user__username")
     autocomplete_fields = ("user",)
@@ -132,6 +225,22 @@ class HoldAdmin(ReadOnly):
     exclude = ("request_digest", "report_digest", "counters", "ended_counters")
 
 
+@admin.register(Budget)
+class BudgetAdmin(ReadOnly):
+    list_display = (
+        "account",
+        usd("usd_per_day"),
+        usd("day_usd_spent", "spent in its last active day, USD"),
+        usd("day_usd_held", "held, USD"),
+        usd("usd_per_month"),
+        usd("month_usd_spent", "spent in its last active month, USD"),
+        usd("month_usd_held", "held, USD"),
+        "id",
+    )
+    search_fields = ("id", "account__external_id")
+    list_select_related = ("account",)
+
+
 class ResetForm(forms.Form):
     reason = forms.CharField(
         min_length=3, max_length=1000, widget=forms.Textarea(attrs={"rows": 3}), strip=True
@@ -139,7 +248,7 @@ class ResetForm(forms.Form):
 
 
 @admin.register(BreakerTrip)
-class BreakerTripAdmin(ReadOnly):
+class BreakerTripAdmin(Audited, ReadOnly):
     list_display = (
         "scope",
         "tripped_at",

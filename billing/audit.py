@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from django.db import connection, transaction
 
+from billing import budget_sql
 from billing.limits import WINDOWS
 
 CHARGED = "CASE WHEN h.own_key THEN 0 ELSE h.charged_usd END"
@@ -55,6 +56,27 @@ FULL JOIN (
 WHERE s.usd IS DISTINCT FROM r.usd AND COALESCE(s.usd, 0) <> COALESCE(r.usd, 0)
 """
 
+BUDGETS = """
+SELECT 'budget per ' || %(window)s || ' of an own key of ' || a.external_id,
+    b.{w}_usd_spent, s.spent, b.{w}_usd_held, s.held
+FROM billing_budget b JOIN billing_account a ON a.id = b.account_id
+CROSS JOIN LATERAL (
+    SELECT COALESCE(sum(k.charged_usd), 0) AS spent,
+        COALESCE(sum(h.held_usd) FILTER (WHERE h.state = 'open'), 0) AS held
+    FROM billing_claim k JOIN billing_hold h ON h.id = k.hold_id
+    WHERE k.budget_id = b.id AND date_trunc(%(window)s, h.admitted_at, 'UTC') = b.{w}_start
+) s
+WHERE (b.{w}_usd_spent, b.{w}_usd_held) IS DISTINCT FROM (s.spent, s.held)
+"""
+
+CLAIMS = """
+SELECT 'claims of hold ' || h.id, h.charged_usd, s.charged
+FROM billing_hold h CROSS JOIN LATERAL (
+    SELECT sum(charged_usd) AS charged FROM billing_claim WHERE hold_id = h.id
+) s
+WHERE s.charged <> h.charged_usd
+"""
+
 STOPS = """
 SELECT 'emergency stop of ' || a.external_id,
     (m.stopped_at IS NOT NULL)::text, (t.id IS NOT NULL)::text
@@ -83,7 +105,9 @@ def find_drift() -> Iterator[Drift]:
         queries = [
             (METER.format(w=window, charged=CHARGED, held=HELD), {"window": window})
             for window in WINDOWS
-        ] + [(ACCOUNT_HOURS, {}), (SYSTEM_HOURS, {}), (STOPS, {})]
+        ]
+        queries += [(BUDGETS.format(w=window), {"window": window}) for window in budget_sql.WINDOWS]
+        queries += [(CLAIMS, {}), (ACCOUNT_HOURS, {}), (SYSTEM_HOURS, {}), (STOPS, {})]
         for sql, params in queries:
             cursor.execute(sql, params or None)
             for what, *values in cursor.fetchall():

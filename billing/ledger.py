@@ -20,7 +20,8 @@ Windows are UTC minutes, hours and days of the database's clock, read after the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -30,11 +31,11 @@ from uuid import UUID
 from django.conf import settings
 from django.db import IntegrityError, connection, transaction
 
-from billing.ledger_sql import END, NOT_STOPPED, PLACE
+from billing.budgets import COUNTERS, BudgetState, states_of
+from billing.ledger_sql import END, NOT_STOPPED, PLACE, PLACE_OWN, End
 from billing.limits import BY_NAME, LimitStates, warnings_of
 from billing.models import Hold
 from billing.money import ZERO, cost_amount, hold_amount
-from billing.sql import Statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,19 @@ class Placed:
     expires_at: datetime
     limits: LimitStates
     warnings: list[dict[str, Any]]
+    budgets: tuple[BudgetState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """No hold: ``rule`` is a limit's name or account_stopped, system_stopped,
-    emergency_request, approval_required. Nothing was changed."""
+    """No hold: ``rule`` is a limit's name (of ``limits``, or one of a budget) or account_stopped,
+    system_stopped, emergency_request, approval_required. Nothing was changed."""
 
     rule: str
     at: datetime
     limits: LimitStates
     approval_threshold_usd: Decimal | None
+    budgets: tuple[BudgetState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def hold(
     account_id: int,
     usd: Decimal,
     tokens: int,
-    own_key: bool = False,
+    budgets: Sequence[UUID | str] = (),
     approved: bool = False,
     user_tier: str | None = None,
     dry_run: bool = False,
@@ -90,21 +93,26 @@ def hold(
 ) -> Placed | Refused:
     """Set ``usd`` (rounded up to 10 places) and ``tokens`` aside against every limit, or nothing.
 
+    ``budgets``: the hold is on own keys. It takes its USD from each of these budgets of the
+    account, the chosen model's first, and from no limit of the tier in USD.
+
     ``context`` is JSON that the caller wants kept with the hold. Raises DuplicateKey, and
-    Account.DoesNotExist's moral equivalent, LookupError, when the account has no meter.
+    Account.DoesNotExist's moral equivalent, LookupError, when the account has no meter or a
+    budget is not there or another's.
     """
     if not usd.is_finite() or usd < 0 or tokens < 0:
         raise ValueError(f"A hold can't be {usd} USD and {tokens} tokens.")
     usd = hold_amount(usd)
     ttl = settings.HOLD_TTL if ttl is None else ttl
+    place = PLACE_OWN if budgets else PLACE
     try:
-        row = PLACE.one(
+        row = place.one(
             {
                 "id": hold_id,
                 "account_id": account_id,
                 "usd": usd,
                 "tokens": tokens,
-                "own_key": own_key,
+                "budgets": "{" + ",".join(map(str, budgets)) + "}",
                 "approved": approved,
                 "user_tier": user_tier,
                 "dry_run": dry_run,
@@ -122,17 +130,22 @@ def hold(
         raise
     if row is None:
         raise LookupError(f"Account {account_id} has no meter.")
+    if len(row.budget_counters or ()) != COUNTERS * len(budgets):
+        raise LookupError(f"Account {account_id} lacks one of these budgets.")
     at = row.at
+    budget_states = states_of(budgets, row.budget_counters or (), at)
     limits = LimitStates.from_counters(row.counters, at)
     if row.refused_by is not None:
         # What was free may have gone to this very request, sent twice at once.
         mine = {"account_id": account_id, "idempotency_key": idempotency_key}
         if idempotency_key is not None and Hold.objects.filter(**mine).exists():
             raise DuplicateKey
-        return Refused(row.refused_by, at, limits, row.approval_threshold_usd)
+        return Refused(row.refused_by, at, limits, row.approval_threshold_usd, budget_states)
     if row.placed != (0 if dry_run else 1):
         raise AssertionError("A hold must be inserted exactly when its amount was taken.")
-    return Placed(at, at + ttl, limits, warnings_of(row.counters, limits))
+    warnings = warnings_of(row.counters, limits)
+    warnings += [warning for state in budget_states for warning in state.warnings]
+    return Placed(at, at + ttl, limits, warnings, budget_states)
 
 
 def _end(
@@ -142,13 +155,18 @@ def _end(
     *,
     usd: Decimal = ZERO,
     tokens: int = 0,
+    own_key: bool = False,
+    spent_by: Mapping[str, Decimal] | None = None,
     report_digest: bytes | None = None,
     at: datetime | None = None,
-    statement: Statement = END,
+    statements: End = END,
     record: Mapping[str, Any] | None = None,
 ) -> Ended | None:
     if not usd.is_finite() or usd < 0 or tokens < 0:
         raise ValueError(f"A cost can't be {usd} USD and {tokens} tokens.")
+    if own_key and sum((spent_by or {}).values(), ZERO) != usd:
+        raise ValueError("What the budgets are charged must add up to the cost.")
+    statement = statements.own if own_key else statements.system
     params = {
         **(record or {}),
         "id": hold_id,
@@ -156,6 +174,7 @@ def _end(
         "state": state.value,
         "cost": cost_amount(usd),
         "tokens": tokens,
+        "spent_by": json.dumps({key: str(cost) for key, cost in (spent_by or {}).items()}),
         "report_digest": report_digest,
         "at": at,
         "emergency": settings.EMERGENCY_THRESHOLD_USD,
@@ -178,7 +197,8 @@ def settle(
 
     The cost is written in full even above the hold. A hold that expired is corrected. None: the
     hold is not there, not this account's, or already reported; nothing was changed.
-    Options: ``report_digest``, ``at``, ``statement`` (from end_statement) with its ``record``.
+    Options: ``report_digest``, ``at``, ``statements`` (an End) with their ``record``; for a hold
+    on own keys ``own_key=True`` and ``spent_by``, USD by budget, which add up to ``usd``.
     """
     return _end(hold_id, account_id, Hold.State.SETTLED, usd=usd, tokens=tokens, **how)
 

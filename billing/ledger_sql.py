@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from billing import budget_sql
 from billing.limits import LIMITS, WARNING_PERCENTS, WINDOW_LIMITS, WINDOWS, Limit
 from billing.models import SystemHour
 from billing.sql import Statement
@@ -68,38 +71,49 @@ def rolled_over(row: str) -> str:
 LIMIT_COLUMNS = ", ".join(limit.name for limit in LIMITS)
 TIER_COLUMNS = f"{LIMIT_COLUMNS}, approval_threshold_usd"
 
-ASKED = {"usd": "v.charge_usd", "tokens": "v.asked_tokens", "requests": "1"}
+ASKED = {"usd": "v.asked_usd", "tokens": "v.asked_tokens", "requests": "1"}
 
 
-def refusal_rules() -> str:
-    """SQL CASE branches: the first rule that refuses, in the order of LIMITS."""
-    rules = [
-        "WHEN v.stopped_at IS NOT NULL THEN 'account_stopped'",
-        """WHEN NOT v.own_key AND EXISTS (
-            SELECT 1 FROM billing_breakertrip WHERE account_id IS NULL AND reset_at IS NULL
-        ) THEN 'system_stopped'""",
-        "WHEN v.asked_usd > %(emergency)s::numeric THEN 'emergency_request'",
-    ]
+def refusal_rules(*, own_key: bool) -> str:
+    """SQL CASE branches: the first rule that refuses, in the order of LIMITS.
+
+    On own keys the USD limits, the approval gate and the system's stop make way for the budgets.
+    """
+    rules = ["WHEN v.stopped_at IS NOT NULL THEN 'account_stopped'"]
+    if not own_key:
+        rules.append(
+            """WHEN EXISTS (
+                SELECT 1 FROM billing_breakertrip WHERE account_id IS NULL AND reset_at IS NULL
+            ) THEN 'system_stopped'"""
+        )
+    rules.append("WHEN v.asked_usd > %(emergency)s::numeric THEN 'emergency_request'")
+    if own_key:
+        rules += budget_sql.refusals("v.asked_usd")
     for limit in LIMITS:
+        if own_key and limit.measure == "usd":
+            continue
         used = (
             ASKED[limit.measure]
             if limit.window == "request"
             else f"v.{spent_column(limit)} + {ASKED[limit.measure]}"
             + ("" if held_column(limit) == "0" else f" + v.{held_column(limit)}")
         )
-        own = "NOT v.own_key AND " if limit.measure == "usd" else ""
         # A NULL limit compares to NULL, which does not refuse.
-        rules.append(f"WHEN {own}{used} > v.{limit.name} THEN '{limit.name}'")
-    rules.append(
-        """WHEN NOT v.own_key AND NOT %(approved)s::boolean
-            AND v.asked_usd > COALESCE(v.approval_threshold_usd, v.usd_per_request / 2)
-            THEN 'approval_required'"""
-    )
+        rules.append(f"WHEN {used} > v.{limit.name} THEN '{limit.name}'")
+    if not own_key:
+        rules.append(
+            """WHEN NOT %(approved)s::boolean
+                AND v.asked_usd > COALESCE(v.approval_threshold_usd, v.usd_per_request / 2)
+                THEN 'approval_required'"""
+        )
     return "\n        ".join(rules)
 
 
-def added(window: str, name: str) -> str:
-    amounts = {"usd_held": "v.charge_usd", "tokens_held": "v.asked_tokens", "requests": "1"}
+def added(window: str, name: str, *, own_key: bool) -> str:
+    """SQL: a counter of the meter with the hold added; USD on own keys are the budgets'."""
+    amounts = {"tokens_held": "v.asked_tokens", "requests": "1"}
+    if not own_key:
+        amounts["usd_held"] = "v.asked_usd"
     return f"v.{window}_{name}" + (f" + {amounts[name]}" if name in amounts else "")
 
 
@@ -125,8 +139,14 @@ EFFECTIVE_TIER = """
     ) t ON true
 """
 
-PLACE = Statement(
-    f"""
+
+def place_statement(*, own_key: bool) -> Statement:
+    """The statement that takes a hold, against the tier's limits or (``own_key``) the budgets'."""
+    columns = ", ".join(
+        f"{added(w, n, own_key=own_key)} AS {w}_{n}" for w in WINDOWS for n in COUNTERS
+    )
+    return Statement(
+        f"""
 WITH locked AS MATERIALIZED (
     SELECT m.*, {", ".join(f"t.{name.strip()}" for name in TIER_COLUMNS.split(","))}
     FROM billing_meter m
@@ -143,21 +163,21 @@ WITH locked AS MATERIALIZED (
     SELECT c.account_id, c.stopped_at, c.at,
         {", ".join(f"c.{name.strip()}" for name in TIER_COLUMNS.split(","))},
         %(usd)s::numeric AS asked_usd,
-        CASE WHEN %(own_key)s::boolean THEN 0 ELSE %(usd)s::numeric END AS charge_usd,
         %(tokens)s::bigint AS asked_tokens,
-        %(own_key)s::boolean AS own_key,
         {rolled_over("c")}
     FROM clock c
-), verdict AS MATERIALIZED (
+)
+{budget_sql.LOCKED if own_key else ""}
+, verdict AS MATERIALIZED (
     SELECT v.*, CASE
-        {refusal_rules()}
+        {refusal_rules(own_key=own_key)}
         END AS refused_by
     FROM windows v
 ), after AS MATERIALIZED (
-    SELECT v.account_id, v.at, v.refused_by, v.own_key, v.asked_usd, v.asked_tokens,
+    SELECT v.account_id, v.at, v.refused_by, v.asked_usd, v.asked_tokens,
         {LIMIT_COLUMNS},
         {", ".join(f"v.{w}_start" for w in WINDOWS)},
-        {", ".join(f"{added(w, n)} AS {w}_{n}" for w in WINDOWS for n in COUNTERS)},
+        {columns},
         {", ".join(f"v.{limit.name}_warned" for limit in WINDOW_LIMITS)}
     FROM verdict v WHERE v.refused_by IS NULL
 ), warned AS MATERIALIZED (
@@ -166,12 +186,12 @@ WITH locked AS MATERIALIZED (
     FROM after t
 ), answer AS MATERIALIZED (
     SELECT t.account_id, {counters_array("t")} || ARRAY[{
-        ", ".join(
-            f"(CASE WHEN w.{limit.name} > t.{limit.name}_warned"
-            f" THEN w.{limit.name} ELSE 0 END)::numeric"
-            for limit in WINDOW_LIMITS
-        )
-    }] AS counters
+            ", ".join(
+                f"(CASE WHEN w.{limit.name} > t.{limit.name}_warned"
+                f" THEN w.{limit.name} ELSE 0 END)::numeric"
+                for limit in WINDOW_LIMITS
+            )
+        }] AS counters
     FROM after t JOIN warned w USING (account_id)
 ), taken AS (
     UPDATE billing_meter m SET
@@ -185,21 +205,27 @@ WITH locked AS MATERIALIZED (
     INSERT INTO billing_hold (id, account_id, state, own_key, held_usd, held_tokens, admitted_at,
         expires_at, charged_usd, charged_tokens, overrun, unreported,
         idempotency_key, request_digest, context, counters)
-    SELECT %(id)s::uuid, t.account_id, 'open', t.own_key, t.asked_usd, t.asked_tokens, t.at,
+    SELECT %(id)s::uuid, t.account_id, 'open', {own_key}, t.asked_usd, t.asked_tokens, t.at,
         t.at + %(ttl)s::interval, 0, 0, false, false,
         %(idempotency_key)s::text, %(request_digest)s::bytea, %(context)s::jsonb,
         w.counters
     FROM after t JOIN taken USING (account_id) JOIN answer w USING (account_id)
     RETURNING id
 )
+{budget_sql.CLAIMED if own_key else ""}
 SELECT v.refused_by, v.at,
     COALESCE(w.counters, {counters_array("v")}) AS counters,
     COALESCE(v.approval_threshold_usd, v.usd_per_request / 2) AS approval_threshold_usd,
+    {budget_sql.PLACED_ANSWER if own_key else "NULL AS budget_counters"},
     (SELECT count(*) FROM placed) AS placed
 FROM verdict v
 LEFT JOIN answer w USING (account_id)
 """
-)
+    )
+
+
+PLACE = place_statement(own_key=False)
+PLACE_OWN = place_statement(own_key=True)
 
 
 def moved(window: str, name: str) -> str:
@@ -223,8 +249,8 @@ NOT_STOPPED = (
 )
 
 
-def end_statement(record: str = "") -> Statement:
-    """The statement that ends a hold.
+def end_statement(record: str = "", *, own_key: bool = False) -> Statement:
+    """The statement that ends a hold; ``own_key`` says which kind of hold it is for.
 
     ``record``: further CTEs, each beginning with a comma, written in the same statement and only
     if the hold ended; they may select from ``ended`` (one row: id, account_id, admitted_at, hour,
@@ -240,11 +266,13 @@ WITH before AS MATERIALIZED (
             -- expiry wrote with it. Else (it was waited for) nothing ends, and _end asks again.
             AND EXISTS (SELECT 1 FROM billing_hold o WHERE o.id = h.id AND o.state = 'expired')))
         AND (%(state)s <> 'expired' OR h.expires_at <= COALESCE(%(at)s::timestamptz, now()))
+        AND h.own_key = {own_key}
     FOR NO KEY UPDATE
 ), change AS MATERIALIZED (
     SELECT b.id, b.account_id, b.own_key, b.admitted_at, b.context,
         b.state = 'expired' AS was_unreported,
         date_trunc('hour', b.admitted_at, 'UTC') AS hour,
+        CASE WHEN b.state = 'open' THEN b.held_usd ELSE 0 END AS was_held,
         GREATEST(COALESCE(%(at)s::timestamptz, clock_timestamp()), b.admitted_at) AS at,
         x.cost, x.tokens, x.cost > b.held_usd AS overrun,
         CASE WHEN b.own_key THEN 0 ELSE x.cost - b.charged_usd END AS spent_delta,
@@ -323,11 +351,26 @@ WITH before AS MATERIALIZED (
         AND {NOT_STOPPED}
     ON CONFLICT (account_id) WHERE reset_at IS NULL DO NOTHING
     RETURNING account_id
-){record}
+)
+{budget_sql.ENDED if own_key else ""}
+{record}
 SELECT e.at, e.charged_usd, e.overrun, e.ended_counters AS counters
 FROM ended e
 """.replace("%%", "%").replace("%(state)s", "%(state)s::text")
     )
 
 
-END = end_statement()
+@dataclass(frozen=True, slots=True)
+class End:
+    """The statements that end a hold on system keys and one on own keys."""
+
+    system: Statement
+    own: Statement
+
+    @classmethod
+    def recording(cls, record: str = "") -> End:
+        """``record``: see end_statement."""
+        return cls(end_statement(record), end_statement(record, own_key=True))
+
+
+END = End.recording()

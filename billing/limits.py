@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from billing.money import ZERO, plain
 
-Window = Literal["request", "minute", "hour", "day"]
+Window = Literal["request", "minute", "hour", "day", "month"]
 Measure = Literal["usd", "tokens", "requests"]
 WINDOWS: tuple[Window, ...] = ("minute", "hour", "day")
 LENGTHS = {"minute": timedelta(minutes=1), "hour": timedelta(hours=1), "day": timedelta(days=1)}
@@ -50,13 +50,26 @@ BY_NAME = {limit.name: limit for limit in LIMITS}
 WINDOW_LIMITS = tuple(limit for limit in LIMITS if limit.window != "request")
 
 
-def window_start(window: str, at: datetime) -> datetime:
-    """The start of the UTC minute, hour or day that ``at`` is in."""
+def window_start(window: Window, at: datetime) -> datetime:
+    """The start of the UTC minute, hour, day or month that ``at`` is in."""
     at = at.astimezone(UTC).replace(second=0, microsecond=0)
     if window == "minute":
         return at
     at = at.replace(minute=0)
-    return at if window == "hour" else at.replace(hour=0)
+    if window == "hour":
+        return at
+    at = at.replace(hour=0)
+    return at if window == "day" else at.replace(day=1)
+
+
+def window_end(window: Window, at: datetime) -> datetime | None:
+    """When the window that ``at`` is in is over; None for "request", which no waiting helps."""
+    if window == "request":
+        return None
+    start = window_start(window, at)
+    if window == "month":
+        return (start + timedelta(days=31)).replace(day=1)
+    return start + LENGTHS[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +117,7 @@ class LimitStates(dict[str, LimitState]):
     @classmethod
     def from_counters(cls, counters: Sequence[Decimal | None], at: datetime) -> LimitStates:
         """``counters`` begins with (limit, spent, held) for each of LIMITS: the ledger's order."""
-        resets_at: dict[str, datetime | None] = {
-            window: window_start(window, at) + LENGTHS[window] for window in WINDOWS
-        }
-        resets_at["request"] = None
+        resets_at = {window: window_end(window, at) for window in ("request", *WINDOWS)}
         states = cls()
         values = iter(counters)
         for kind in LIMITS:
@@ -143,11 +153,17 @@ def warnings_of(counters: Sequence[Decimal | None], limits: LimitStates) -> list
     """The warnings that a hold caused: a hold's counters end with a level for WINDOW_LIMITS."""
     levels = counters[3 * len(LIMITS) :]
     return [
-        {
-            "limit": kind.name,
-            "percent": WARNING_PERCENTS[int(level) - 1],
-            "message": f"{WARNING_PERCENTS[int(level) - 1]} % of the {kind.words} is used or held.",
-        }
+        warning(kind.name, kind.words, level)
         for kind, level in zip(WINDOW_LIMITS, levels, strict=False)
         if level
     ]
+
+
+def warning(limit: str, words: str, level: Decimal) -> dict[str, Any]:
+    """One warning; ``level`` counts WARNING_PERCENTS."""
+    percent = WARNING_PERCENTS[int(level) - 1]
+    return {
+        "limit": limit,
+        "percent": percent,
+        "message": f"{percent} % of the {words} is used or held.",
+    }

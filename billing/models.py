@@ -9,6 +9,7 @@ import uuid
 from decimal import Decimal
 from typing import Any
 
+import pghistory
 from django.conf import settings
 from django.contrib.postgres.fields import ArrayField
 from django.core.validators import MinValueValidator
@@ -21,6 +22,7 @@ from billing.money import UsdField
 NOT_NEGATIVE = [MinValueValidator(Decimal(0))]
 
 
+@pghistory.track()
 class Tier(models.Model):
     """What an account may do. An empty limit means "no such limit"."""
 
@@ -60,6 +62,7 @@ class Tier(models.Model):
         return self.code
 
 
+@pghistory.track()
 class Account(models.Model):
     """Who spends: one per ChatChonk user, with or without a login here."""
 
@@ -78,7 +81,7 @@ class Account(models.Model):
     system_fallback = models.BooleanField(
         default=False,
         db_default=False,
-        help_text="Where its own keys are asked for and can't serve: use system models, and pay.",
+        help_text="Where its own keys can't serve: use system models, and pay for them.",
     )
     created_at = models.DateTimeField(db_default=Now(), editable=False)
 
@@ -273,6 +276,7 @@ class SystemHour(models.Model):
     acknowledged_usd = UsdField(default=0)
 
 
+@pghistory.track()
 class BreakerTrip(models.Model):
     """One emergency stop: what tripped, what it saw, who reset it and why. No row is deleted."""
 

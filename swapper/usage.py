@@ -13,7 +13,7 @@ from django.db import IntegrityError
 from django.db.models.functions import Now
 
 from billing import ledger
-from billing.ledger_sql import end_statement
+from billing.ledger_sql import End
 from billing.limits import LimitStates
 from billing.models import Hold
 from billing.money import ZERO, plain
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Written in the statement that ends the hold, and only if it ends it: a log row per call, and the
 # hourly rollup. A late report takes back the row that the expiry had written.
-END_AND_RECORD = end_statement(
+END_AND_RECORD = End.recording(
     """,
 calls AS MATERIALIZED (
     SELECT e.id AS request_id, e.account_id, e.hour, e.at, e.own_key, r.*,
@@ -100,7 +100,7 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
         usd=sum((call["call_cost"] for call in calls), ZERO),
         tokens=sum(call["prompt_tokens"] + call["completion_tokens"] for call in calls),
         report_digest=digest,
-        statement=END_AND_RECORD,
+        statements=END_AND_RECORD,
         record={"calls": as_recordset(calls), "user_id": row.external_id},
     )
     if ended is None:
@@ -218,12 +218,18 @@ def expire(hold: Hold) -> bool:
             "calls": as_recordset(unreported_call(hold)),
             "user_id": hold.account.external_id,
         }
-        ended = ledger.expire(hold.pk, hold.account_id, statement=END_AND_RECORD, record=record)
+        ended = ledger.expire(
+            hold.pk,
+            hold.account_id,
+            own_key=hold.own_key,
+            statements=END_AND_RECORD,
+            record=record,
+        )
     except (IntegrityError, msgspec.MsgspecError):
         # Its model is gone, say. The money, and every hold after this one, must not wait for a
         # log row that can't be written.
         logger.exception("hold %s expires without a row in usage_logs", hold.pk)
-        ended = ledger.expire(hold.pk, hold.account_id)
+        ended = ledger.expire(hold.pk, hold.account_id, own_key=hold.own_key)
     return ended is not None
 
 

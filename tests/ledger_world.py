@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
-from uuid import UUID, uuid4
+from uuid import NAMESPACE_OID, UUID, uuid4, uuid5
 
 from django.apps import apps
 from django.db import connection, connections
@@ -25,10 +25,11 @@ from django.db import connection, connections
 from billing import ledger
 from billing.accounts import account_get_or_create
 from billing.audit import find_drift
+from billing.budgets import budget_set
 from billing.ledger import Ended, Placed, Refused
 from billing.ledger_sql import COUNTERS
 from billing.limits import LIMITS, WINDOWS, Limit, LimitStates, window_start
-from billing.models import Hold, Meter, Tier
+from billing.models import Budget, Claim, Hold, Meter, Tier
 from billing.money import QUANTUM, ZERO
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ AT = datetime(2040, 5, 17, 10, 20, 30, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 TABLES = (
     "billing_account billing_tier billing_meter billing_hold billing_accounthour"
-    " billing_systemhour billing_breakertrip usage_logs swapper_usagehour"
+    " billing_systemhour billing_breakertrip billing_budget billing_claim usage_logs swapper_usagehour"
 ).split()
 
 
@@ -71,9 +72,12 @@ class Purse:
         tokens: int = 0,
         *,
         at: datetime | None = AT,
+        own_key: bool = False,
         **how: Any,
     ) -> tuple[UUID, Placed | Refused]:
         hold_id = uuid4()
+        if own_key:
+            how.setdefault("budgets", [self.own_budget()])
         result = ledger.hold(
             hold_id=hold_id, account_id=self.id, usd=usd(amount), tokens=tokens, at=at, **how
         )
@@ -89,18 +93,28 @@ class Purse:
         assert isinstance(result, Refused), "it was admitted"
         return result
 
+    def own_budget(self, **limits: Any) -> UUID:
+        """The budget of the account's one own key, without limits or with these."""
+        budget_id = uuid5(NAMESPACE_OID, str(self.id))
+        if limits or not Budget.objects.filter(pk=budget_id).exists():
+            budget_set(budget_id, self.id, **{"usd_per_day": None, "usd_per_month": None, **limits})
+        return budget_id
+
     def settle(
         self, hold_id: UUID, amount: str | Decimal, tokens: int = 0, **how: Any
     ) -> Ended | None:
-        return ledger.settle(hold_id, self.id, usd=usd(amount), tokens=tokens, **{"at": AT, **how})
+        how = {"at": AT, **on_key(hold_id, usd(amount)), **how}
+        return ledger.settle(hold_id, self.id, usd=usd(amount), tokens=tokens, **how)
 
     def release(
         self, hold_id: UUID, amount: str | Decimal = "0", tokens: int = 0, **how: Any
     ) -> Ended | None:
-        return ledger.release(hold_id, self.id, usd=usd(amount), tokens=tokens, **{"at": AT, **how})
+        how = {"at": AT, **on_key(hold_id, usd(amount)), **how}
+        return ledger.release(hold_id, self.id, usd=usd(amount), tokens=tokens, **how)
 
     def expire(self, hold_id: UUID, **how: Any) -> Ended | None:
-        return ledger.expire(hold_id, self.id, **{"at": AT + HOUR, **how})
+        how = {"at": AT + HOUR, **on_key(hold_id, ZERO), **how}
+        return ledger.expire(hold_id, self.id, **how)
 
     def spend(self, amount: str | Decimal, tokens: int = 0, **how: Any) -> UUID:
         """A hold that is settled at exactly its amount."""
@@ -116,6 +130,14 @@ class Purse:
     @property
     def stopped(self) -> bool:
         return Meter.objects.get(account_id=self.id).stopped_at is not None
+
+
+def on_key(hold_id: UUID, amount: Decimal) -> dict[str, Any]:
+    """How the ledger is told of the end of a hold on own keys: all spent on the first."""
+    claim = Claim.objects.filter(hold_id=hold_id, position=0).first()
+    if claim is None:
+        return {}
+    return {"own_key": True, "spent_by": {str(claim.budget_id): amount}}
 
 
 def make_purse(tier: str | Tier = "TEST", name: str = "alice") -> Purse:

@@ -110,6 +110,7 @@ def test_while_stopped_everything_is_refused_to_that_account_alone(
     alice: Purse, bob: Purse
 ) -> None:
     alice.spend("50")
+    alice.own_budget()
     before = everything()
     hows: list[dict[str, Any]] = [
         {},

@@ -735,12 +735,21 @@ def test_amounts_keep_all_ten_places_through_many_moves() -> None:
         "DELETE FROM billing_systemhour",
         "UPDATE billing_meter SET stopped_at = now()",
         "UPDATE billing_hold SET charged_usd = charged_usd + 1 WHERE state = 'settled'",
-        "DELETE FROM billing_hold WHERE state = 'settled'",
+        "DELETE FROM billing_hold WHERE state = 'settled' AND NOT own_key",
+        *(
+            f"UPDATE billing_budget SET {window}_usd_{name} = {window}_usd_{name} + 1"
+            for window in ("day", "month")
+            for name in ("spent", "held")
+        ),
+        "UPDATE billing_claim SET charged_usd = charged_usd + 1",
+        "DELETE FROM billing_claim",
     ],
 )
 def test_check_ledger_finds_every_kind_of_drift(alice: Purse, damage: str) -> None:
     alice.spend("0.5", 5)
     alice.place("0.1", 1)
+    alice.spend("0.5", own_key=True)
+    alice.place("0.1", own_key=True)
     call_command("check_ledger", stdout=StringIO())
     try:
         with connection.cursor() as cursor:
@@ -752,7 +761,8 @@ def test_check_ledger_finds_every_kind_of_drift(alice: Purse, damage: str) -> No
     finally:
         with connection.cursor() as cursor:
             cursor.execute(
-                "TRUNCATE billing_hold, billing_accounthour, billing_systemhour, billing_meter"
+                "TRUNCATE billing_hold, billing_accounthour, billing_systemhour, billing_meter,"
+                " billing_budget CASCADE"
             )
 
 

@@ -206,7 +206,7 @@ def test_control_without_the_guard_the_same_load_overspends(
     _, history = run(alice, tier, 25)
     assert len(history.overspends) > 10
     with connection.cursor() as cursor:
-        cursor.execute("TRUNCATE billing_hold, billing_meter, billing_accounthour")
+        cursor.execute("TRUNCATE billing_hold, billing_meter, billing_accounthour CASCADE")
         cursor.execute("TRUNCATE billing_systemhour")
 
 

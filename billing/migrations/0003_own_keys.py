@@ -21,7 +21,7 @@ class Migration(migrations.Migration):
             field=models.BooleanField(
                 db_default=False,
                 default=False,
-                help_text="Where its own keys are asked for and can't serve: use system models, and pay.",
+                help_text="Where its own keys can't serve: use system models, and pay for them.",
             ),
         ),
         migrations.CreateModel(
