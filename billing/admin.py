@@ -79,7 +79,8 @@ def readable(value: Any) -> str:
 class EventAdmin(ReadOnly):
     """The audit: who changed what, and when. Whoever may see a row may see what became of it."""
 
-    list_display = ("pgh_created_at", "pgh_label", "row", "who", "changes")
+    list_display = ("when", "what", "row", "who", "changes")
+    readonly_fields = ("when", "what", "who", "url")
     ordering = ("-pgh_id",)
     list_per_page = 50
     show_full_result_count = False
@@ -87,6 +88,13 @@ class EventAdmin(ReadOnly):
     def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         tracked = self.admin_site.get_model_admin(self.model.pgh_tracked_model)
         return tracked.has_view_permission(request)
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return [*self.readonly_fields, *(field.name for field in self.kept())]
+
+    def kept(self) -> list[Any]:
+        """The fields of the row."""
+        return [field for field in self.opts.fields if not field.name.startswith("pgh_")]
 
     def get_list_select_related(self, request: HttpRequest) -> list[str]:
         # The nullable ones: to join the others would lose the events of what is gone by now.
@@ -105,6 +113,14 @@ class EventAdmin(ReadOnly):
             row.earlier = earlier.get(row.earlier_id)
         return shown
 
+    @admin.display(ordering="pgh_id")
+    def when(self, event: Any) -> datetime:
+        return event.pgh_created_at
+
+    @admin.display
+    def what(self, event: Any) -> str:
+        return event.pgh_label
+
     @admin.display(description="of")
     def row(self, event: Any) -> str:
         # An event has the fields of the row that it is about, so it has a name as that has.
@@ -116,17 +132,20 @@ class EventAdmin(ReadOnly):
         if "username" in known:
             return known["username"]
         names = [f"{name} {known[name]}" for name in ("token", "account") if name in known]
-        return ", ".join(names) or "the system"
+        return ", ".join(names) or "–"
 
-    @admin.display(description="changes")
+    @admin.display
+    def url(self, event: Any) -> str:
+        return (event.pgh_context or {}).get("url", "–")
+
+    @admin.display
     def changes(self, event: Any) -> str:
         if event.pgh_label != "update" or event.earlier is None:
             return "–"
         return "; ".join(
             f"{field.verbose_name}: {readable(old)} → {readable(new)}"
-            for field in self.opts.fields
-            if not field.name.startswith("pgh_")
-            and (old := getattr(event.earlier, field.attname))
+            for field in self.kept()
+            if (old := getattr(event.earlier, field.attname))
             != (new := getattr(event, field.attname))
         )
 

@@ -36,7 +36,8 @@ def counters(row: str, held: str = "", *, warn: bool = False) -> str:
     """SQL array in the order of budgets.BudgetState.from_counters; ``held`` is added to held."""
     cells = []
     for window in WINDOWS:
-        new = f"CASE WHEN {level(row, window, held)} > {row}.{window}_warned THEN {level(row, window, held)} ELSE 0 END"  # noqa: E501
+        reached, before = level(row, window, held), f"{row}.{window}_warned"
+        new = f"CASE WHEN {reached} > {before} THEN {reached} ELSE 0 END"
         cells += [
             f"{row}.usd_per_{window}",
             f"{row}.{window}_usd_spent",
@@ -98,7 +99,8 @@ PLACED_ANSWER = f"""
     (SELECT array_agg(cell ORDER BY x.position, ordinal)
      FROM budgets x LEFT JOIN after t ON true,
         unnest(CASE WHEN t.account_id IS NULL THEN {counters("x")}
-            ELSE {counters("x", " + t.asked_usd", warn=True)} END) WITH ORDINALITY AS u(cell, ordinal)
+            ELSE {counters("x", " + t.asked_usd", warn=True)} END)
+            WITH ORDINALITY AS u(cell, ordinal)
     ) AS budget_counters
 """
 

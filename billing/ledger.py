@@ -164,17 +164,22 @@ def _end(
 ) -> Ended | None:
     if not usd.is_finite() or usd < 0 or tokens < 0:
         raise ValueError(f"A cost can't be {usd} USD and {tokens} tokens.")
-    if own_key and sum((spent_by or {}).values(), ZERO) != usd:
-        raise ValueError("What the budgets are charged must add up to the cost.")
+    cost = cost_amount(usd)
+    # Each budget is charged a rounded amount, and the hold their sum.
+    by_budget = {key: cost_amount(spent) for key, spent in (spent_by or {}).items()}
+    if own_key:
+        if sum((spent_by or {}).values(), ZERO) != usd:
+            raise ValueError("What the budgets are charged must add up to the cost.")
+        cost = sum(by_budget.values(), ZERO)
     statement = statements.own if own_key else statements.system
     params = {
         **(record or {}),
         "id": hold_id,
         "account_id": account_id,
         "state": state.value,
-        "cost": cost_amount(usd),
+        "cost": cost,
         "tokens": tokens,
-        "spent_by": json.dumps({key: str(cost) for key, cost in (spent_by or {}).items()}),
+        "spent_by": json.dumps({str(key): str(spent) for key, spent in by_budget.items()}),
         "report_digest": report_digest,
         "at": at,
         "emergency": settings.EMERGENCY_THRESHOLD_USD,

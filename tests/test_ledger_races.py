@@ -206,8 +206,10 @@ def test_control_without_the_guard_the_same_load_overspends(
     _, history = run(alice, tier, 25)
     assert len(history.overspends) > 10
     with connection.cursor() as cursor:
-        cursor.execute("TRUNCATE billing_hold, billing_meter, billing_accounthour CASCADE")
-        cursor.execute("TRUNCATE billing_systemhour")
+        cursor.execute(
+            "TRUNCATE billing_hold, billing_meter, billing_accounthour, billing_systemhour,"
+            " billing_budget CASCADE"
+        )
 
 
 def read_then_write(real_hold: Callable[..., Placed | Refused]) -> Callable[..., Any]:
@@ -216,7 +218,8 @@ def read_then_write(real_hold: Callable[..., Placed | Refused]) -> Callable[...,
     def hold(**asked: Any) -> Placed | Refused:
         result = real_hold(**asked, dry_run=True)
         if isinstance(result, Placed):
-            counted = "" if asked["own_key"] else ", {0}_usd_held = {0}_usd_held + %(usd)s"
+            own_key = bool(asked.get("budgets"))
+            counted = "" if own_key else ", {0}_usd_held = {0}_usd_held + %(usd)s"
             counters = ", ".join(
                 f"{w}_requests = {w}_requests + 1,"
                 f" {w}_tokens_held = {w}_tokens_held + %(tokens)s, {w}_start ="
@@ -231,7 +234,7 @@ def read_then_write(real_hold: Callable[..., Placed | Refused]) -> Callable[...,
             Hold.objects.create(
                 id=asked["hold_id"],
                 account_id=asked["account_id"],
-                own_key=asked["own_key"],
+                own_key=own_key,
                 held_usd=asked["usd"],
                 held_tokens=asked["tokens"],
                 admitted_at=result.at,
