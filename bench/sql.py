@@ -82,7 +82,6 @@ def scripts(world: World, hold_context: str, call: str, *, hot: bool) -> dict[st
             "account_id": ":account",
             "usd": "'0.0004'",
             "tokens": "'500'",
-            "own_key": "'f'",
             "approved": "'f'",
             "user_tier": "NULL",
             "dry_run": "'f'",
@@ -96,7 +95,7 @@ def scripts(world: World, hold_context: str, call: str, *, hot: bool) -> dict[st
         token_statement(context.HOLD_CONTEXT), {**common, "request_id": hold_id}
     )
     end = with_values(
-        END_AND_RECORD,
+        END_AND_RECORD.system,
         {
             **common,
             "id": hold_id,

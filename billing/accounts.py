@@ -26,6 +26,11 @@ def account_get_or_create(external_id: str, tier: str = "FREE") -> tuple[Account
     return account, created
 
 
+def account_set_fallback(account_id: int, allowed: bool) -> None:
+    """Say whether system models may step in, and be paid for, where own keys can't serve."""
+    Account.objects.filter(pk=account_id).update(system_fallback=allowed)
+
+
 def make_meter(account_id: int | None = None) -> None:
     """Give an account (default: every account that has none) its meter."""
     with connection.cursor() as cursor:

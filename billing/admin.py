@@ -89,7 +89,7 @@ class EventAdmin(ReadOnly):
         tracked = self.admin_site.get_model_admin(self.model.pgh_tracked_model)
         return tracked.has_view_permission(request)
 
-    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
         return [*self.readonly_fields, *(field.name for field in self.kept())]
 
     def kept(self) -> list[Any]:

@@ -102,7 +102,7 @@ def find_drift() -> Iterator[Drift]:
     """Every drift of the ledger's counters, read in one snapshot while traffic goes on."""
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        queries = [
+        queries: list[tuple[str, dict[str, str]]] = [
             (METER.format(w=window, charged=CHARGED, held=HELD), {"window": window})
             for window in WINDOWS
         ]

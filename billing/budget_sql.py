@@ -47,8 +47,9 @@ def counters(row: str, held: str = "", *, warn: bool = False) -> str:
     return "ARRAY[" + ", ".join(f"({cell})::numeric" for cell in cells) + "]"
 
 
-# The budgets in question, locked after the meter (which every hold and every end of one locks
-# first, so that two of them never wait for each other) and rolled over to the current windows.
+# The budgets in question, locked after the meter (which every hold, every end of one and every
+# change of a limit locks first, so that two of them never wait for each other) and rolled over to
+# the current windows.
 LOCKED = f"""
 , budgets AS MATERIALIZED (
     SELECT b.id, b.usd_per_day, b.usd_per_month,
@@ -64,7 +65,9 @@ LOCKED = f"""
 
 def refusals(asked: str) -> list[str]:
     """CASE branches: the window that lasts longest first, as in limits.LIMITS."""
-    return [
+    # Never seen as a refusal: ledger.hold raises LookupError.
+    lacking = "(SELECT count(*) FROM budgets) <> cardinality(%(budgets)s::uuid[])"
+    return [f"WHEN {lacking} THEN 'budget_lacking'"] + [
         f"""WHEN EXISTS (SELECT 1 FROM budgets b
             WHERE b.{window}_usd_spent + b.{window}_usd_held + {asked} > b.usd_per_{window})
             THEN 'own_usd_per_{window}'"""
@@ -113,6 +116,13 @@ def _moved(window: str) -> str:
     )
 
 
+# Of a hold ``h`` that ends: all of its cost is charged to budgets that it has claims on.
+ADDS_UP = """
+    %(cost)s::numeric = (
+        SELECT COALESCE(sum((%(spent_by)s::jsonb ->> k.budget_id::text)::numeric), 0)
+        FROM billing_claim k WHERE k.hold_id = h.id)
+"""
+
 # After ``meter``: what a hold's keys really spent, each where it was spent. Silence is charged to
 # the chosen model's key.
 ENDED = f"""
@@ -130,8 +140,9 @@ ENDED = f"""
     RETURNING b.*, k.cost
 ), ended_claims AS (
     UPDATE billing_claim k SET charged_usd = b.cost, ended_counters = {counters("r")}
-    FROM budgets b, change c,
-    LATERAL (SELECT b.usd_per_day, b.usd_per_month, {rolled_over("b", "c.at")}) r
+    FROM budgets b, change c JOIN meter m USING (account_id),
+    LATERAL (SELECT b.usd_per_day, b.usd_per_month,
+        {rolled_over("b", "GREATEST(c.at, m.minute_start)")}) r
     WHERE k.hold_id = c.id AND k.budget_id = b.id
     RETURNING k.budget_id
 )

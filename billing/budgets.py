@@ -15,6 +15,7 @@ from uuid import UUID
 
 from django.db import connection
 
+from billing import budget_sql
 from billing.limits import Limit, LimitState, warning, window_end
 from billing.models import Budget, Claim
 from billing.money import ZERO
@@ -68,6 +69,24 @@ def states_of(
     )
 
 
+def budgets_of(account_id: int) -> tuple[BudgetState, ...]:
+    """Every budget of an account as it stands now."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"""
+            SELECT r.id, now(), {budget_sql.counters("r")} FROM (
+                SELECT b.id, b.usd_per_day, b.usd_per_month, {budget_sql.rolled_over("b", "now()")}
+                FROM billing_budget b WHERE b.account_id = %s
+            ) r
+            """,
+            [account_id],
+        )
+        return tuple(
+            BudgetState.from_counters(budget_id, counters, at)
+            for budget_id, at, counters in cursor.fetchall()
+        )
+
+
 def claimed_by(hold_id: UUID, at: datetime, *, ended: bool = False) -> tuple[BudgetState, ...]:
     """The budgets of a hold as they stood when it was placed (at ``at``), or when it ended."""
     claims = Claim.objects.filter(hold_id=hold_id).order_by("position")
@@ -91,11 +110,18 @@ def budget_set(
     A limit that is lowered below what is spent refuses from then on; one that is raised warns
     anew.
     """
+    for limit in (usd_per_day, usd_per_month):
+        if limit is not None and not (limit.is_finite() and limit >= 0):
+            raise ValueError(f"A budget can't be {limit} USD.")
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
+            WITH meter AS (
+                SELECT 1 FROM billing_meter WHERE account_id = %(account_id)s FOR NO KEY UPDATE
+            )
             INSERT INTO {Budget._meta.db_table} AS b (id, account_id, usd_per_day, usd_per_month)
-            VALUES (%s, %s, %s, %s)
+            SELECT %(id)s, %(account_id)s, %(usd_per_day)s, %(usd_per_month)s
+            FROM (SELECT count(*) FROM meter) locked
             ON CONFLICT (id) DO UPDATE SET
                 usd_per_day = EXCLUDED.usd_per_day, usd_per_month = EXCLUDED.usd_per_month,
                 day_warned = CASE WHEN b.usd_per_day IS DISTINCT FROM EXCLUDED.usd_per_day
@@ -104,7 +130,12 @@ def budget_set(
                     THEN 0 ELSE b.month_warned END
             WHERE b.account_id = EXCLUDED.account_id
             """,
-            [budget_id, account_id, usd_per_day, usd_per_month],
+            {
+                "id": budget_id,
+                "account_id": account_id,
+                "usd_per_day": usd_per_day,
+                "usd_per_month": usd_per_month,
+            },
         )
         if not cursor.rowcount:
             raise ValueError("A budget stays with its account.")

@@ -34,7 +34,7 @@ from django.db import IntegrityError, connection, transaction
 from billing.budgets import COUNTERS, BudgetState, states_of
 from billing.ledger_sql import END, NOT_STOPPED, PLACE, PLACE_OWN, End
 from billing.limits import BY_NAME, LimitStates, warnings_of
-from billing.models import Hold
+from billing.models import Claim, Hold
 from billing.money import ZERO, cost_amount, hold_amount
 
 
@@ -166,10 +166,11 @@ def _end(
         raise ValueError(f"A cost can't be {usd} USD and {tokens} tokens.")
     cost = cost_amount(usd)
     # Each budget is charged a rounded amount, and the hold their sum.
-    by_budget = {key: cost_amount(spent) for key, spent in (spent_by or {}).items()}
+    spent_by = {str(key): spent for key, spent in (spent_by or {}).items()}
+    if own_key and (sum(spent_by.values(), ZERO) != usd or min(spent_by.values(), default=0) < 0):
+        raise ValueError("What the budgets are charged must add up to the cost.")
+    by_budget = {key: cost_amount(spent) for key, spent in spent_by.items()}
     if own_key:
-        if sum((spent_by or {}).values(), ZERO) != usd:
-            raise ValueError("What the budgets are charged must add up to the cost.")
         cost = sum(by_budget.values(), ZERO)
     statement = statements.own if own_key else statements.system
     params = {
@@ -179,7 +180,7 @@ def _end(
         "state": state.value,
         "cost": cost,
         "tokens": tokens,
-        "spent_by": json.dumps({str(key): str(spent) for key, spent in by_budget.items()}),
+        "spent_by": json.dumps({key: str(spent) for key, spent in by_budget.items()}),
         "report_digest": report_digest,
         "at": at,
         "emergency": settings.EMERGENCY_THRESHOLD_USD,
@@ -190,6 +191,11 @@ def _end(
         # A report that waited for the expiry of its hold corrects it in a second statement.
         row = statement.one(params)
     if row is None:
+        if any(by_budget.values()):
+            claims = Claim.objects.filter(hold_id=hold_id, hold__account_id=account_id)
+            claimed = {str(claim.budget_id) for claim in claims}
+            if claimed and any(spent for key, spent in by_budget.items() if key not in claimed):
+                raise ValueError("A budget is charged that the hold has no claim on.")
         return None
     limits = LimitStates.from_counters(row.counters, row.at)
     return Ended(row.at, row.charged_usd, row.overrun, limits)

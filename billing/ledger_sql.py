@@ -266,7 +266,7 @@ WITH before AS MATERIALIZED (
             -- expiry wrote with it. Else (it was waited for) nothing ends, and _end asks again.
             AND EXISTS (SELECT 1 FROM billing_hold o WHERE o.id = h.id AND o.state = 'expired')))
         AND (%(state)s <> 'expired' OR h.expires_at <= COALESCE(%(at)s::timestamptz, now()))
-        AND h.own_key = {own_key}
+        AND h.own_key = {own_key} {f"AND {budget_sql.ADDS_UP}" if own_key else ""}
     FOR NO KEY UPDATE
 ), change AS MATERIALIZED (
     SELECT b.id, b.account_id, b.own_key, b.admitted_at, b.context,
@@ -368,9 +368,9 @@ class End:
     own: Statement
 
     @classmethod
-    def recording(cls, record: str = "") -> End:
-        """``record``: see end_statement."""
-        return cls(end_statement(record), end_statement(record, own_key=True))
+    def recording(cls, record: str = "", *, own: str = "") -> End:
+        """``record``: see end_statement; ``own``: what more is to be written on own keys."""
+        return cls(end_statement(record), end_statement(record + own, own_key=True))
 
 
 END = End.recording()

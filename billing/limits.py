@@ -22,7 +22,7 @@ WARNING_PERCENTS = (50, 80, 100)
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One limit of a tier; ``name`` is also its column in ``billing_tier``."""
+    """One limit: a tier's (``name`` is also its column in ``billing_tier``) or a budget's."""
 
     name: str
     measure: Measure

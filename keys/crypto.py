@@ -11,6 +11,7 @@ import base64
 import binascii
 import os
 from functools import lru_cache
+from typing import TypedDict
 from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
@@ -21,6 +22,14 @@ from django.core.exceptions import ImproperlyConfigured
 VERSION = "1"
 PREFIX = "mswap:"
 NONCE_BYTES = 12
+
+
+class Bound(TypedDict):
+    """What a sealed text belongs to; ``owner``: the account's external_id, None: ours."""
+
+    row_id: UUID | str
+    owner: str | None
+    provider_type: str
 
 
 class CannotOpen(Exception):
@@ -54,8 +63,14 @@ def _bound_to(row_id: UUID | str, owner: str | None, provider_type: str) -> byte
     return "|".join(f"{len(part)}:{part}" for part in [VERSION, *parts]).encode()
 
 
-def is_sealed(text: str) -> bool:
-    return text.startswith(PREFIX)
+def key_id_of(sealed: str) -> str:
+    """The id of the master key that ``sealed`` names; "" where it is no sealed text."""
+    parts = sealed.split(":")
+    return parts[2] if len(parts) == 4 and sealed.startswith(PREFIX) else ""
+
+
+def newest_key_id() -> str:
+    return next(iter(parse_master_keys(settings.MASTER_KEYS)))
 
 
 def seal(secret: str, *, row_id: UUID | str, owner: str | None, provider_type: str) -> str:

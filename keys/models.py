@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pgtrigger
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.db.models.functions import Now
@@ -45,6 +46,9 @@ class AccessToken(models.Model):
         return f"{self.name} (msw_{self.prefix}_…)"
 
 
+@pgtrigger.register(
+    pgtrigger.Protect(name="append_only", operation=pgtrigger.Update | pgtrigger.Delete)
+)
 class Lending(models.Model):
     """One handing out of a provider's key: who got it, when, for what, from where. Append-only."""
 

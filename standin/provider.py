@@ -4,8 +4,12 @@
 
 Every provider has its own prefix, as ``base_url()`` says: OpenAI chat completions, embeddings
 and models, Anthropic messages and models, and the OpenAI-compatible APIs of Mistral, DeepSeek,
-Qwen, OpenRouter and Hugging Face. The bare ``/v1`` is OpenAI's, or Anthropic's for a request
-that carries an ``anthropic-version`` or ``x-api-key`` header.
+Qwen, OpenRouter (with its key's own page) and Hugging Face (with ``api/whoami-v2`` beside
+``v1``). The bare ``/v1`` is OpenAI's, or Anthropic's for a request that carries an
+``anthropic-version`` or ``x-api-key`` header.
+
+A key that contains ``invalid`` or ``revoked`` gets 401 everywhere. Where keys are checked (the
+lists of models and those two pages) ``nopermission`` gets 403 and ``ratelimited`` 429.
 
 What a request draws (tokens, latency, failure) depends on the seed and on its ``x-standin-tag``
 alone, so a trace replays exactly in any order. A request can also say what it wants, in headers
@@ -36,10 +40,13 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from http import HTTPStatus
 from itertools import count
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
+
+if TYPE_CHECKING:
+    from swapper.price_import import ImportedModel
 
 Json = dict[str, Any]
 FailureKind = Literal["401", "429", "500", "overloaded", "hang", "broken", "cut"]
@@ -68,7 +75,7 @@ class Config:
 
     ``rpm`` and ``tpm`` are requests and tokens a minute for each key, 0 for no limit.
     ``keys`` and ``models`` are those it knows; None accepts all but keys that contain
-    ``invalid`` and models whose name starts with ``no-such-model``.
+    ``invalid`` or ``revoked`` and models whose name starts with ``no-such-model``.
     """
 
     seed: int = 0
@@ -223,6 +230,10 @@ def _mistral_error(refusal: Refusal, request_id: str) -> Json:
     return {"object": "error", **_openai_error(refusal, request_id)["error"]}
 
 
+def _huggingface_error(refusal: Refusal, request_id: str) -> Json:
+    return {"error": refusal.message}
+
+
 def _openrouter_error(refusal: Refusal, request_id: str) -> Json:
     return {"error": {"code": refusal.status, "message": refusal.message, "metadata": {}}}
 
@@ -266,7 +277,7 @@ DIALECTS = {
         Dialect("deepseek", "/deepseek", invalid=422, embeddings=False, cap_names=("max_tokens",)),
         Dialect("qwen", "/qwen/compatible-mode/v1"),
         Dialect("openrouter", "/openrouter/api/v1", _openrouter_error),
-        Dialect("huggingface", "/huggingface/v1", embeddings=False),
+        Dialect("huggingface", "/huggingface/v1", _huggingface_error, embeddings=False),
     )
 }
 
@@ -621,23 +632,17 @@ def _base64_vector(dimensions: int) -> str:
 
 
 @cache
-def known_models(provider_type: str) -> list[str]:
-    """Model names of a provider, from the price list of the wheel ``genai-prices``."""
-    from genai_prices.data import providers
+def _catalogue() -> Mapping[tuple[str, str], ImportedModel]:
+    # Reading it takes half a second, which a start without lists need not wait for.
+    from swapper.price_import import catalogue
 
-    names: set[str] = set()
-    for provider in providers:
-        ids = [model.id for model in provider.models]
-        if provider.id == provider_type:
-            names.update(ids)
-        elif provider_type == "huggingface" and provider.id.startswith("huggingface_"):
-            # The router's own spelling: the model, and after a colon who runs it.
-            backend = provider.id.removeprefix("huggingface_")
-            names.update(f"{name}:{backend}" for name in ids)
-        elif provider_type == "qwen" and provider.id == "openrouter":
-            # No provider of its own there: Qwen's models as OpenRouter lists them.
-            names.update(name.removeprefix("qwen/") for name in ids if name.startswith("qwen/"))
-    return sorted(names)
+    return catalogue(datetime.now(UTC).date()).models
+
+
+@cache
+def known_models(provider_type: str) -> list[str]:
+    """Model names of a provider's API, from the price list of the wheel ``genai-prices``."""
+    return sorted(name for kind, name in _catalogue() if kind == provider_type)
 
 
 # --- The server ----------------------------------------------------------------------------
@@ -645,6 +650,9 @@ def known_models(provider_type: str) -> list[str]:
 Check = Callable[[Json, Dialect], Asked]
 Make = Callable[[Asked, Drawn, Dialect, str], Json]
 CREATED = 1_735_689_600
+WHOAMI = "/api/whoami-v2"
+# How long a key that is always over its limit is told to wait: longer than a caller would.
+LIMITED_SECONDS = 20.0
 
 
 class Provider:
@@ -679,6 +687,8 @@ class Provider:
         return Response(200, body, headers, cut=failure == "cut")
 
     def _dialect(self, request: Request) -> tuple[Dialect, str]:
+        if request.path in ("/huggingface" + WHOAMI, WHOAMI):
+            return DIALECTS["huggingface"], WHOAMI
         for dialect in DIALECTS.values():
             if request.path.startswith(dialect.prefix + "/"):
                 path = request.path.removeprefix(dialect.prefix)
@@ -705,14 +715,16 @@ class Provider:
             routes = {"/messages": (check_messages, messages_answer)}
         elif dialect.embeddings:
             routes["/embeddings"] = (check_embeddings, embeddings_answer)
-        listing = path == "/models" or path.startswith("/models/")
+        owns_key = {"openrouter": "/key", "huggingface": WHOAMI}.get(dialect.name) == path
+        listing = path == "/models" or path.startswith("/models/") or owns_key
         if path not in routes and not listing:
             raise Refusal(404, f"Unknown request URL: {request.method} {request.path}.")
         if request.method != ("GET" if listing else "POST"):
             raise Refusal(405, f"Not allowed to {request.method} on {request.path}.")
         key = self._key(request, dialect)
         if listing:
-            return self._models(request, dialect, path)
+            _let_look(key, path)
+            return _key_page(key, path) if owns_key else self._models(request, dialect, path)
 
         check, make = routes[path]
         try:
@@ -749,9 +761,12 @@ class Provider:
         else:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             key = key.strip() if scheme.lower() == "bearer" else ""
-        known = key in self.config.keys if self.config.keys is not None else "invalid" not in key
+        bad = "invalid" in key or "revoked" in key
+        known = key in self.config.keys if self.config.keys is not None else not bad
         if not key or not known:
-            missing = "You did not send an API key." if not key else "The API key is not valid."
+            # As providers do, with the end of the key: nobody may show their words to anyone.
+            wrong = f"Your API key ****{key[-4:]} is not valid."
+            missing = "You did not send an API key." if not key else wrong
             code = "invalid_api_key" if key else None
             raise Refusal(401, missing, kind="invalid_request_error", code=code)
         if dialect.name == "anthropic" and "anthropic-version" not in request.headers:
@@ -771,6 +786,8 @@ class Provider:
             name = path.removeprefix("/models/")
             self._require_model(name)
             return _model_entry(name, dialect)
+        if dialect.name == "huggingface":
+            return {"object": "list", "data": _routed(names)}
         if dialect.name != "anthropic":
             return {"object": "list", "data": [_model_entry(name, dialect) for name in names]}
         after = request.query.get("after_id")
@@ -857,11 +874,69 @@ def _rate_limited(model: str, name: str, seconds: float) -> Refusal:
     )
 
 
+def _let_look(key: str, path: str) -> None:
+    """Refuse to show a list, or the key's own page, to keys that ask for it in their text."""
+    if "ratelimited" in key:
+        raise _rate_limited("this key", "requests", LIMITED_SECONDS)
+    # A token of Hugging Face's that may do nothing is still told who its owner is.
+    if "nopermission" in key and path != WHOAMI:
+        raise Refusal(403, "You have insufficient permissions. Missing scopes: api.model.read.")
+
+
+def _key_page(key: str, path: str) -> Json:
+    """What OpenRouter says about a key, and Hugging Face about a token."""
+    if path == WHOAMI:
+        may = [] if "nopermission" in key else ["inference.serverless.write"]
+        token = {"role": "fineGrained", "fineGrained": {"global": may, "scoped": []}}
+        return {"type": "user", "name": "standin", "auth": {"accessToken": token}}
+    limits = {"limit": None, "limit_remaining": None, "usage": 0, "is_free_tier": False}
+    return {"data": {"label": f"sk-or-v1-...{key[-3:]}", **limits, "is_management_key": False}}
+
+
 def _model_entry(name: str, dialect: Dialect) -> Json:
+    known = _catalogue().get((dialect.name, name))
+    can = set(known.capabilities if known else ("chat", "completion"))
+    context_length = (known.context_length if known else None) or 131_072
     if dialect.name == "anthropic":
         created = datetime.fromtimestamp(CREATED, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return {"type": "model", "id": name, "display_name": name, "created_at": created}
-    return {"id": name, "object": "model", "created": CREATED, "owned_by": dialect.name}
+        titles = {"display_name": name, "created_at": created}
+        return {"type": "model", "id": name, **titles, "max_input_tokens": context_length}
+    entry: Json = {"id": name, "object": "model", "created": CREATED, "owned_by": dialect.name}
+    if dialect.name == "mistral":
+        capabilities = {
+            "completion_chat": "chat" in can,
+            "completion_fim": "codestral" in name,
+            "function_calling": "tools" in can,
+            "vision": "vision" in can,
+            "ocr": "ocr" in can,
+            "moderation": "moderation" in can,
+            "audio": "audio" in can,
+            "audio_transcription": "transcription" in can,
+        }
+        entry |= {"capabilities": capabilities, "max_context_length": context_length}
+    if dialect.name in ("openrouter", "huggingface"):
+        takes = ["text", "image"] if "vision" in can else ["text"]
+        gives = ["embeddings"] if "embedding" in can else ["text"]
+        entry["architecture"] = {"input_modalities": takes, "output_modalities": gives}
+    if dialect.name == "openrouter":
+        parameters = ["max_tokens", "temperature", *(["tools"] if "tools" in can else [])]
+        entry |= {"context_length": context_length, "supported_parameters": parameters}
+    if dialect.name == "huggingface":
+        backend: Json = {"provider": name.rpartition(":")[2], "status": "live"}
+        backend |= {"context_length": context_length, "supports_tools": "tools" in can}
+        entry["providers"] = [backend]
+    return entry
+
+
+def _routed(names: Sequence[str]) -> list[Json]:
+    """Hugging Face's list: each model once, with everyone who runs it."""
+    entries: dict[str, Json] = {}
+    for name in names:
+        entry = _model_entry(name, DIALECTS["huggingface"])
+        model = name.rpartition(":")[0] or name
+        entries.setdefault(model, entry | {"id": model, "providers": []})
+        entries[model]["providers"] += entry["providers"]
+    return list(entries.values())
 
 
 async def serve(config: Config, port: int, *, until_stdin_closes: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Staff's view of providers, models, tasks and usage. No page shows a key."""
+"""Staff's view of models, tasks and usage. Providers have keys: see ``keys.admin``."""
 
 from __future__ import annotations
 
@@ -12,47 +12,13 @@ from django.http import HttpRequest
 
 from billing.admin import ReadOnly, usd
 from swapper.catalogue import record_changed_prices
-from swapper.models import Model, Price, Provider, TaskType, UsageLog
+from swapper.models import Model, Price, TaskType, UsageLog
 
 
 class OneLine(ModelAdmin):
     """The MSWAP tables have texts for names: one line is enough for them."""
 
     formfield_overrides: ClassVar = {TextField: {"widget": AdminTextInputWidget}}
-
-
-@admin.register(Provider)
-class ProviderAdmin(OneLine):
-    list_display = ("name", "provider_type", "owner", "enabled", "priority", "has_key")
-    list_filter = ("provider_type", "enabled")
-    search_fields = ("name", "account__external_id")
-    list_select_related = ("account",)
-    # The key is not among the fields: not even its ciphertext is shown or sent.
-    fields = (
-        "name",
-        "provider_type",
-        "owner",
-        "base_url",
-        "organization_id",
-        "enabled",
-        "priority",
-        "regions",
-        "metadata",
-        "has_key",
-    )
-    readonly_fields = ("owner", "has_key")
-
-    @admin.display(description="whose key")
-    def owner(self, provider: Provider) -> str:
-        return str(provider.account) if provider.account else "ours"
-
-    @admin.display(boolean=True, description="key stored")
-    def has_key(self, provider: Provider) -> bool:
-        return bool(provider.api_key)
-
-    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        # Usage rows name providers; disable instead.
-        return False
 
 
 @admin.register(Model)

@@ -11,10 +11,11 @@ from rest_framework.request import Request
 from rest_framework.views import APIView
 
 from billing import ledger
+from billing.accounts import account_set_fallback
 from billing.money import plain
 from mswap_site.errors import Invalid, MswapError, NotFound
 from mswap_site.rendering import encoder
-from swapper import context, health, messages, openapi, services, totals, usage
+from swapper import context, health, messages, openapi, own_keys, services, totals, usage
 from swapper.catalogue import catalogue
 from swapper.context import Caller, caller_of
 
@@ -181,8 +182,21 @@ class Me(JsonView):
 
     context = context.ACCOUNT_CONTEXT
 
+    @property
+    def scope(self) -> str | None:
+        return "keys:manage" if self.request.method == "PATCH" else None
+
     def context_params(self, request: Request) -> dict[str, Any]:
+        if request.method == "PATCH":
+            self.body = Decoded(request, messages.decode_me)
         return context.named_account({"user_id": query_text(request, "user_id")})
+
+    @openapi.change_me
+    def patch(self, request: Request) -> HttpResponse:
+        change: messages.MeChange = self.body.get()
+        account_set_fallback(account_of(request).row.account_id, change.system_fallback)
+        authenticate_again(request)
+        return self.get(request)
 
     @openapi.me
     def get(self, request: Request) -> HttpResponse:
@@ -198,6 +212,8 @@ class Me(JsonView):
                 "approval_threshold": amount(row.approval_threshold_usd),
                 "emergency_stop": row.stopped_at is not None,
                 "stopped_at": row.stopped_at,
+                "system_fallback": row.system_fallback,
+                "notices": own_keys.notices(row.account_id),
                 "limits": caller.limits().as_json(),
             }
         )
@@ -261,12 +277,19 @@ def query_text(request: Request, name: str) -> str | None:
     return (request.query_params.get(name) or "").replace("\0", "\ufffd") or None
 
 
-def account_of(request: Request) -> Caller:
-    """The caller with an account. Raises Invalid or NotFound where it names none."""
+def account_of(request: Request, user_id: str | None = None) -> Caller:
+    """The caller with an account. Raises Invalid or NotFound where it names none.
+
+    ``user_id``: as the body names it, else the query does.
+    """
     caller = caller_of(request)
+    named = query_text(request, "user_id")
+    if named and user_id and named != user_id:
+        raise Invalid("The address and the body name different accounts.", field="user_id")
+    named = named or user_id
     if caller.row.account_id is None:
-        if caller.is_service and query_text(request, "user_id") is None:
+        if caller.is_service and named is None:
             raise Invalid("A service token must name the user_id it asks about.", field="user_id")
         raise NotFound("There is no such account.")
-    caller.check_names(query_text(request, "user_id"))
+    caller.check_names(named)
     return caller

@@ -33,16 +33,27 @@ MAX_AGE_SECONDS = 60.0
 # Prices that depend on the time of day are looked at anew this often.
 REBUILD_SECONDS = 60.0
 
+# Our own providers: what accounts keep is theirs, may be a lot, and is not in the snapshot.
+SYSTEM = "(SELECT id FROM providers WHERE account_id IS NULL)"
+
 # Every insert and update gives a row a new xmin, whoever writes it; a delete changes the count.
+# Prices need no look of their own: their rows never change, and a model names the one in force.
 FINGERPRINT = " UNION ALL ".join(
-    f"SELECT '{table}', count(*), sum(xmin::text::bigint) FROM {table}"
-    for table in ("providers", "models", "task_types", "swapper_price", "billing_tier")
+    f"SELECT '{table}', count(*), sum(xmin::text::bigint) FROM {table} WHERE {which}"
+    for table, which in (
+        ("providers", "account_id IS NULL"),
+        ("models", f"provider_id IN {SYSTEM}"),
+        ("task_types", "true"),
+        ("billing_tier", "true"),
+    )
 )
 
-MODELS = """
-SELECT m.id::text AS id, m.name, m.provider_id::text AS provider_id, p.name AS provider_name,
-    p.provider_type, p.priority, m.capabilities, m.context_length, m.reliability, m.avg_latency,
-    r.id AS price_id, r.schedule::text
+MODEL_COLUMNS = """m.id::text AS id, m.name, m.provider_id::text AS provider_id,
+    p.name AS provider_name, p.provider_type, p.priority, m.capabilities, m.context_length,
+    m.reliability, m.avg_latency, r.id AS price_id, r.schedule::text"""
+
+MODELS = f"""
+SELECT {MODEL_COLUMNS}
 FROM models m
 JOIN providers p ON p.id = m.provider_id
 JOIN swapper_price r ON r.id = m.price_id
@@ -57,20 +68,22 @@ SELECT name, id::text, ARRAY(SELECT jsonb_array_elements_text(
 """
 
 # Columns set to 0/0 mean "unknown", never "free": a free model has a price row that says so.
-FORGET_PRICES = """
+FORGET_PRICES = f"""
 UPDATE models m SET price_id = NULL FROM swapper_price r
-WHERE r.id = m.price_id AND m.cost_per_1k_prompt_tokens = 0 AND m.cost_per_1k_completion_tokens = 0
+WHERE r.id = m.price_id AND m.provider_id IN {SYSTEM}
+    AND m.cost_per_1k_prompt_tokens = 0 AND m.cost_per_1k_completion_tokens = 0
     AND (r.prompt_per_1k <> 0 OR r.completion_per_1k <> 0)
 """
 
 # A row whose columns no longer say what its price row says was changed by hand (the admin, or
 # SQL): from now on the flat columns count, as a new price.
-RECORD_CHANGED_PRICES = """
+RECORD_CHANGED_PRICES = f"""
 WITH changed AS (
     SELECT m.id, m.cost_per_1k_prompt_tokens AS prompt,
         m.cost_per_1k_completion_tokens AS completion
     FROM models m LEFT JOIN swapper_price r ON r.id = m.price_id
-    WHERE m.cost_per_1k_prompt_tokens >= 0 AND m.cost_per_1k_completion_tokens >= 0
+    WHERE m.provider_id IN {SYSTEM}
+        AND m.cost_per_1k_prompt_tokens >= 0 AND m.cost_per_1k_completion_tokens >= 0
         AND CASE WHEN r.id IS NULL
             THEN m.cost_per_1k_prompt_tokens > 0 OR m.cost_per_1k_completion_tokens > 0
             ELSE (m.cost_per_1k_prompt_tokens, m.cost_per_1k_completion_tokens)
@@ -91,7 +104,7 @@ UPDATE models m SET price_id = recorded.id FROM recorded WHERE m.id = recorded.m
 
 
 def record_changed_prices(source: str = "staff") -> int:
-    """Give each model whose flat price columns changed a new Price row; return how many."""
+    """Give each model of ours whose flat price columns changed a new Price row; return how many."""
     with connection.cursor() as cursor:
         cursor.execute(FORGET_PRICES)
         cursor.execute(RECORD_CHANGED_PRICES, {"source": source})
@@ -127,17 +140,10 @@ def load() -> Snapshot:
     """Read the catalogue from the database."""
     now = datetime.now(UTC)
     record_changed_prices()
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(MODELS)
-        cards = []
-        for row in cursor.fetchall():
-            card = _card(row, now)
-            if card is not None:
-                cards.append(card)
-        cursor.execute(TASKS)
+    with transaction.atomic():
+        cards = [card for row in fetch(MODELS) if (card := card_of(row, now)) is not None]
         tasks = {
-            name: Task(task_id, name, frozenset(needs))
-            for name, task_id, needs in cursor.fetchall()
+            name: Task(task_id, name, frozenset(needs)) for name, task_id, needs in fetch(TASKS)
         }
     tiers = {
         tier.code: TierCeiling(tier.code, tier.max_price_per_1k_usd)
@@ -162,7 +168,14 @@ def schedule(price_id: int, stored: str | None = None) -> pricing.PriceSchedule:
     return found
 
 
-def _card(row: tuple[Any, ...], now: datetime) -> ModelCard | None:
+def fetch(sql: str, params: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute(sql, params)
+        return cursor.fetchall()
+
+
+def card_of(row: tuple[Any, ...], now: datetime) -> ModelCard | None:
+    """The card of a row of MODEL_COLUMNS, at the rates of ``now``; None: no readable price."""
     (
         model_id, name, provider_id, provider_name, provider_type, priority, capabilities,
         context_length, reliability, latency, price_id, stored,

@@ -22,6 +22,8 @@ from swapper.price_import import PROVIDER_TYPES, SOURCE, Catalogue, ImportedMode
 from swapper.pricing import PriceSchedule, flat_rates
 
 STAFF = "staff"
+# A price that somebody gave by hand is kept: staff, or the owner of a model on an own key.
+OWNER = "owner"
 BATCH = 500
 # For a model whose context window nobody states: what even small models have. Too small only
 # leaves it out of long requests; too large would send it requests that it must refuse.
@@ -180,10 +182,10 @@ def _sync_type(
                 present.add(imported.name)
             if imported.deprecated and row.enabled:
                 report.retired.append(row.name)
-            price = _new_price(row, imported, now, overwrite_staff, report)
+            price = new_price(row, imported, now, overwrite_staff, report)
             if price:
                 prices.append(price)
-            if _merge(row, imported) or price:
+            if merge(row, imported) or price:
                 row.updated_at = now
                 changed.append(row)
             else:
@@ -193,18 +195,21 @@ def _sync_type(
         if provider is providers[0]:
             for imported in wheel.of_type(provider_type):
                 if imported.name not in present:
-                    row = _new_model(provider, imported)
+                    row = new_model(provider, imported)
                     new.append(row)
-                    if price := _new_price(row, imported, now, overwrite_staff, report):
+                    if price := new_price(row, imported, now, overwrite_staff, report):
                         prices.append(price)
                     report.unpriced += price is None
-    _write(new, changed, prices)
+    write(new, changed, prices)
     report.created, report.updated, report.priced = len(new), len(changed), len(prices)
     return report
 
 
-def _write(new: list[Model], changed: list[Model], prices: list[Price]) -> None:
-    """Models first, then their prices, then the reference from a model to its price."""
+def write(new: list[Model], changed: list[Model], prices: list[Price]) -> None:
+    """Models first, then their prices, then the reference from a model to its price.
+
+    ``changed`` are written with what ``merge`` and ``new_price`` may have changed.
+    """
     Model.objects.bulk_create(new, batch_size=BATCH)
     Price.objects.bulk_create(prices, batch_size=BATCH)
     for price in prices:
@@ -224,8 +229,9 @@ def _write(new: list[Model], changed: list[Model], prices: list[Price]) -> None:
         Model.objects.bulk_update(priced, ["price"], batch_size=BATCH)
 
 
-def _new_model(provider: Provider, imported: ImportedModel) -> Model:
-    reliability, latency_ms = _starting_values(imported)
+def new_model(provider: Provider, imported: ImportedModel) -> Model:
+    """A row for a model of the wheel, not saved yet and without its price."""
+    reliability, latency_ms = starting_values(imported)
     row = Model(
         provider=provider,
         name=imported.name,
@@ -238,12 +244,16 @@ def _new_model(provider: Provider, imported: ImportedModel) -> Model:
         reliability=reliability,
         avg_latency=latency_ms,
     )
-    row.metadata = {"catalogue": _entry(row, imported)}
+    row.metadata = {"catalogue": entry_of(row, imported)}
     return row
 
 
-def _new_price(
-    row: Model, imported: ImportedModel, now: datetime, overwrite_staff: bool, report: Report
+def new_price(
+    row: Model,
+    imported: ImportedModel,
+    now: datetime,
+    overwrite_staff: bool = False,
+    report: Report | None = None,
 ) -> Price | None:
     """The price that ``row`` is to have from now on; None where it keeps what it has.
 
@@ -260,8 +270,9 @@ def _new_price(
         recorded = current.prompt_per_1k, current.completion_per_1k
         # Columns that differ from their price row were edited, and wait for catalogue.load().
         edited = recorded != (row.cost_per_1k_prompt_tokens, row.cost_per_1k_completion_tokens)
-        if (edited or current.source == STAFF) and not overwrite_staff:
-            report.kept_staff_prices += 1
+        if (edited or current.source in (STAFF, OWNER)) and not overwrite_staff:
+            if report:
+                report.kept_staff_prices += 1
             return None
         same = recorded == (prompt, completion) and _says(current, imported.schedule)
         if same and not edited:
@@ -285,7 +296,7 @@ def _says(price: Price, schedule: PriceSchedule) -> bool:
         return False
 
 
-def _merge(row: Model, imported: ImportedModel) -> bool:
+def merge(row: Model, imported: ImportedModel) -> bool:
     """Take over what is new in the wheel, unless somebody changed it here; True if ``row`` did.
 
     Three-way, as a merge of texts: a value that is not what the last import wrote is a change of
@@ -297,14 +308,14 @@ def _merge(row: Model, imported: ImportedModel) -> bool:
             row.context_length = imported.context_length or row.context_length
         if row.capabilities == before["capabilities"]:
             row.capabilities = list(imported.capabilities)
-    entry = _entry(row, imported)
+    entry = entry_of(row, imported)
     if entry == before:
         return False
     row.metadata = {**row.metadata, "catalogue": entry}
     return True
 
 
-def _entry(row: Model, imported: ImportedModel) -> dict[str, Any]:
+def entry_of(row: Model, imported: ImportedModel) -> dict[str, Any]:
     """What the wheel says of a model: ``metadata.catalogue``, plain JSON."""
     entry = {
         **imported.metadata,
@@ -329,7 +340,7 @@ def _undated(name: str) -> str:
     return bare.replace(".", "-")
 
 
-def _starting_values(imported: ImportedModel) -> tuple[Decimal, int]:
+def starting_values(imported: ImportedModel) -> tuple[Decimal, int]:
     """Reliability (0-1) and latency (ms) of a model that nobody has called yet."""
     reliability, latency_ms = STARTING_VALUES[imported.provider_type]
     if imported.free:

@@ -17,8 +17,8 @@ from billing.limits import LIMITS, LimitStates
 from mswap_site.errors import Forbidden, NotAuthenticated, NotFound
 
 TIER_AND_COUNTERS = f"""
-    a.id AS account_id, a.external_id, a.tier_id, t.code AS effective_tier,
-    t.max_price_per_1k_usd, t.own_keys,
+    a.id AS account_id, a.external_id, a.tier_id, a.system_fallback, t.code AS effective_tier,
+    t.max_price_per_1k_usd, t.own_keys, t.full_provider_config,
     COALESCE(t.approval_threshold_usd, t.usd_per_request / 2) AS approval_threshold_usd,
     m.stopped_at, s.at AS read_at,
     {counters_array("s")} AS counters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -9,6 +10,7 @@ from uuid import UUID
 
 import msgspec
 
+from billing.budgets import BudgetState
 from billing.limits import LimitStates
 from billing.money import plain
 from swapper import pricing, selection
@@ -43,9 +45,20 @@ class Stored(msgspec.Struct, frozen=True):
     asked: dict[str, Any]
     candidates: tuple[dict[str, Any], ...]
     excluded: dict[str, int]
+    # Whose key, and what its owner should know of where the request goes.
+    own_key: bool = False
+    security_level: str = "system"
+    security_warning: str | None = None
 
     @classmethod
-    def of(cls, ranking: Ranking, choice: Choice, task: Task, request: SelectRequest) -> Stored:
+    def of(
+        cls,
+        ranking: Ranking,
+        choice: Choice,
+        task: Task,
+        request: SelectRequest,
+        security_warning: str | None = None,
+    ) -> Stored:
         query, chosen = ranking.query, choice.chosen
         best = ranking.best(selection.EXPLAINED)
         estimate = pricing.cost(
@@ -77,6 +90,7 @@ class Stored(msgspec.Struct, frozen=True):
                 for c in best
             ),
             excluded=ranking.excluded,
+            security_warning=security_warning,
         )
 
 
@@ -116,6 +130,7 @@ def answer_of(
     expires_at: datetime,
     limits: LimitStates,
     warnings: list[dict[str, Any]],
+    budgets: Sequence[BudgetState] = (),
 ) -> dict[str, Any]:
     """The body of select-model; a dry run has no request_id, because nothing is held."""
     chosen, *fallbacks = stored.chain
@@ -142,12 +157,13 @@ def answer_of(
             }
             for link in fallbacks
         ],
-        "using_user_keys": False,
-        "security_level": "system",
+        "using_user_keys": stored.own_key,
+        "security_level": stored.security_level,
         "reasoning": stored.reasoning,
         "downgraded": stored.downgraded,
         "cost_warning": stored.cost_warning,
-        "security_warning": None,
+        "security_warning": stored.security_warning,
         "warnings": warnings,
         "limits": limits.as_json(),
+        "own_budgets": [budget.as_json() for budget in budgets],
     }

@@ -128,6 +128,12 @@ class UsageReport(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, froz
         check_cached(self)
 
 
+class MeChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """PATCH me."""
+
+    system_fallback: bool
+
+
 def check_cached(call: Attempt | UsageReport) -> None:
     if (call.cached_prompt_tokens or 0) > call.prompt_tokens:
         raise ValueError("cached_prompt_tokens are part of prompt_tokens.")
@@ -135,20 +141,27 @@ def check_cached(call: Attempt | UsageReport) -> None:
 
 _select = msgspec.json.Decoder(SelectRequest)
 _usage = msgspec.json.Decoder(UsageReport)
+_me = msgspec.json.Decoder(MeChange)
 _canonical = msgspec.json.Encoder(order="sorted", decimal_format="string")
 
 
 def decode_select(body: bytes) -> SelectRequest:
     """Raises Invalid with what is wrong and where."""
-    return _decode(_select, body)
+    return decode(_select, body)
 
 
 def decode_usage(body: bytes) -> UsageReport:
     """Raises Invalid with what is wrong and where."""
-    return _decode(_usage, body)
+    return decode(_usage, body)
 
 
-def _decode(decoder: Any, body: bytes) -> Any:
+def decode_me(body: bytes) -> MeChange:
+    """Raises Invalid with what is wrong and where."""
+    return decode(_me, body)
+
+
+def decode(decoder: Any, body: bytes) -> Any:
+    """Raises Invalid with what is wrong and where."""
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:

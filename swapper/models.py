@@ -11,6 +11,7 @@ import uuid
 from decimal import Decimal
 from typing import Any
 
+import pghistory
 from django.contrib.postgres.fields import ArrayField
 from django.contrib.postgres.functions import RandomUUID
 from django.core.validators import MaxValueValidator, MinValueValidator
@@ -59,6 +60,18 @@ class KeyState(models.TextChoices):
 UNUSABLE_KEY = (KeyState.INVALID, KeyState.NO_PERMISSION, KeyState.UNREADABLE)
 
 
+# Not even the ciphertext of a key: a key that was replaced is to be gone. `key_set_at` tells when.
+# What the checks of a key write all day is nobody's doing; `key_state` tells what they found.
+@pghistory.track(
+    exclude=[
+        "api_key",
+        "updated_at",
+        "key_message",
+        "key_checked_at",
+        "key_check_due_at",
+        "key_told_at",
+    ]
+)
 class Provider(models.Model):
     """An API that serves models, under a system key or (``account`` set) an account's own key."""
 

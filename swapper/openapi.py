@@ -25,7 +25,7 @@ from drf_spectacular.utils import (
 from msgspec import UNSET, Meta, UnsetType
 
 from swapper import totals
-from swapper.messages import SelectRequest, UsageReport
+from swapper.messages import MeChange, SelectRequest, UsageReport
 
 JSON = "application/json"
 CSV = "text/csv"
@@ -85,7 +85,7 @@ class UsdLimit(Answer):
     spent: Usd
     held: Usd
     free: Usd | None
-    window: Literal["request", "hour", "day"]
+    window: Literal["request", "hour", "day", "month"]
     resets_at: Moment | None
 
 
@@ -111,6 +111,20 @@ class Limits(Answer):
     usd_per_hour: UsdLimit
     requests_per_hour: CountLimit
     requests_per_minute: CountLimit
+
+
+class OwnBudget(Answer):
+    """What an own key may spend (``provider_id`` is the provider config), and has."""
+
+    provider_id: UUID
+    usd_per_day: UsdLimit
+    usd_per_month: UsdLimit
+
+
+OwnBudgets = Annotated[
+    tuple[OwnBudget, ...],
+    Meta(description="The budgets that a selection on own keys claims; empty on system keys."),
+]
 
 
 class PricedModel(Answer):
@@ -166,6 +180,7 @@ class Selection(Answer):
     security_warning: str | None
     warnings: tuple[LimitWarning, ...]
     limits: Limits
+    own_budgets: OwnBudgets
 
 
 class Charge(Answer):
@@ -176,6 +191,7 @@ class Charge(Answer):
     cost: Usd
     overrun: Annotated[bool, Meta(description="It cost more than was held.")]
     limits: Limits
+    own_budgets: OwnBudgets
 
 
 class PeriodTotal(Answer):
@@ -227,6 +243,16 @@ class UsageTotals(Answer):
     by: UsageBy
 
 
+class Notice(Answer):
+    """Something that its owner should put right."""
+
+    code: Literal["own_key"]
+    provider_id: UUID
+    name: str
+    state: str
+    message: str
+
+
 class Account(Answer):
     """Whom the caller acts for, what its tier allows, and what is free now."""
 
@@ -242,6 +268,10 @@ class Account(Answer):
     ]
     emergency_stop: bool
     stopped_at: Moment | None
+    system_fallback: Annotated[
+        bool, Meta(description="System models step in where own keys can't serve.")
+    ]
+    notices: tuple[Notice, ...]
     limits: Limits
 
 
@@ -329,11 +359,19 @@ class NotAuthenticated(Refusal, tag="not_authenticated"):
     pass
 
 
+SystemFallback = Annotated[
+    Literal[False] | UnsetType,
+    Meta(description="Own keys were asked for, and the account lets no system model step in."),
+]
+
+
 class SpendingLimit(Refusal, tag="spending_limit"):
     """``limit`` names the limit that refused; amounts are USD."""
 
-    limit: Literal["usd_per_request", "usd_per_hour", "usd_per_day"]
-    window: Literal["request", "hour", "day"]
+    limit: Literal[
+        "usd_per_request", "usd_per_hour", "usd_per_day", "own_usd_per_day", "own_usd_per_month"
+    ]
+    window: Literal["request", "hour", "day", "month"]
     limit_value: Usd
     spent: Usd
     held: Usd
@@ -341,6 +379,8 @@ class SpendingLimit(Refusal, tag="spending_limit"):
     free: Usd
     resets_at: Moment | None
     cheapest_fit: PricedModel | None
+    provider_id: Annotated[UUID | UnsetType, Meta(description="Whose own key's budget.")] = UNSET
+    system_fallback: SystemFallback = UNSET
 
 
 class EmergencyStop(Refusal, tag="emergency_stop"):
@@ -362,10 +402,27 @@ class ScopeRequired(Refusal, tag="scope_required"):
 
 
 class TierRequired(Refusal, tag="tier_required"):
-    task_type: str
-    excluded: Annotated[dict[str, int], Meta(description="Models that each rule ruled out.")]
     tier: str
-    tier_needed: str
+    tier_needed: str | None
+    task_type: str | UnsetType = UNSET
+    excluded: Annotated[
+        dict[str, int] | UnsetType, Meta(description="Models that each rule ruled out.")
+    ] = UNSET
+    field: Annotated[str | UnsetType, Meta(description="What the tier may not set.")] = UNSET
+    system_fallback: SystemFallback = UNSET
+
+
+class OwnKey(Answer):
+    provider_id: UUID
+    name: str
+    provider_type: str
+    state: str
+    message: str
+
+
+class OwnKeysUnusable(Refusal, tag="own_keys_unusable"):
+    own_keys: tuple[OwnKey, ...]
+    system_fallback: SystemFallback = UNSET
 
 
 class CsrfRequired(Refusal, tag="csrf"):
@@ -431,6 +488,7 @@ class Unavailable(Refusal, tag="unavailable"):
 class NoModel(Refusal, tag="no_model"):
     task_type: str
     excluded: Annotated[dict[str, int], Meta(description="Models that each rule ruled out.")]
+    system_fallback: SystemFallback = UNSET
 
 
 def refusal(name: str, description: str, *kinds: type[Refusal]) -> OpenApiResponse:
@@ -522,9 +580,10 @@ select_model = extend_schema(
             ),
             409: refusal(
                 "SelectConflict",
-                "Needs approval, or the Idempotency-Key is taken.",
+                "Needs approval, the Idempotency-Key is taken, or no own key works.",
                 ApprovalRequired,
                 IdempotencyConflict,
+                OwnKeysUnusable,
             ),
             429: refusal("LimitReached", "A token or request limit.", TokenLimit, RequestLimit),
             503: refusal(
@@ -612,6 +671,14 @@ me = extend_schema(
     summary="The account, its tier and what is free",
     parameters=[USER_ID],
     responses=answers(ALWAYS, ACCOUNT, {200: Account}),
+)
+
+change_me = extend_schema(
+    operation_id="change_me",
+    summary="Let system models step in for own keys, or not",
+    request={JSON: MeChange},
+    parameters=[USER_ID],
+    responses=answers(ALWAYS, ACCOUNT, BODY, {200: Account}),
 )
 
 model_performance = extend_schema(

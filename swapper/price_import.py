@@ -20,7 +20,7 @@ unavailable or a call fail; it can't make a call cheaper than it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from decimal import Context, Decimal, Inexact
@@ -270,7 +270,7 @@ def _import(provider_type: str, source: str, info: wheel.ModelInfo, today: date)
     listed = _periods(info)
     # A free variant is a stated zero; any other entry without prices is an unknown price.
     free = provider_type == "openrouter" and info.id.endswith(":free") and not any(listed)
-    capabilities = _capabilities(wheel_id.lower(), {unit for prices in listed for unit in prices})
+    capabilities = capabilities_by_name(wheel_id, {unit for prices in listed for unit in prices})
     if free:
         schedule: PriceSchedule | None = PriceSchedule.flat(Decimal(0), Decimal(0))
     else:
@@ -347,7 +347,9 @@ def _retires_on(provider_type: str, wheel_id: str) -> date | None:
     return None
 
 
-def _capabilities(name: str, units: set[str]) -> tuple[str, ...]:
+def capabilities_by_name(model: str, units: Collection[str] = frozenset()) -> tuple[str, ...]:
+    """What a model of that name, priced in ``units`` of the wheel, can be expected to do."""
+    name = model.lower()
     for pattern, capabilities in KINDS:
         if re.search(pattern, name):
             return capabilities

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from django.conf import settings
 
 from billing import ledger
+from billing.budgets import BudgetState
 from billing.limits import LimitState
 from billing.money import plain
 from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
@@ -85,7 +87,27 @@ def refusal(refused: ledger.Refused, ranking: Ranking, choice: Choice) -> MswapE
                 model=in_words(choice.chosen),
                 cheapest_alternative=in_words(cheapest),
             )
-    return limit_refusal(refused.limits[refused.rule], refused, requested, ranking, cheapest)
+    state = refused.limits[refused.rule]
+    return limit_refusal(state, refused.at, requested, ranking.query.tokens, cheapest)
+
+
+def cheapest_alone(ranking: Ranking) -> Choice:
+    """What is tried last: no fallback, nothing held for comfort."""
+    cheapest = ranking.cheapest()
+    assert cheapest is not None
+    best = ranking.best(1)[0]
+    return Choice(cheapest, (), None if best.card is cheapest.card else best)
+
+
+def budget_refusal(budget: BudgetState, choice: Choice, ranking: Ranking) -> MswapError:
+    """The budget of an own key has no room for ``choice``."""
+    requested = choice.hold_usd
+    short = (s for s in reversed(budget.limits) if s.free is not None and s.free < requested)
+    state = next(short)
+    tokens, at = ranking.query.tokens, ranking.query.at
+    error = limit_refusal(state, at, requested, tokens, ranking.cheapest())
+    error.extra["provider_id"] = budget.id
+    return error
 
 
 def emergency(scope: str, message: str, **extra: Any) -> MswapError:
@@ -105,20 +127,20 @@ def emergency(scope: str, message: str, **extra: Any) -> MswapError:
 
 def limit_refusal(
     state: LimitState,
-    refused: ledger.Refused,
+    at: datetime,
     requested_usd: Decimal,
-    ranking: Ranking,
+    tokens: int,
     cheapest: Candidate | None,
 ) -> MswapError:
     kind = state.kind
     requested = {
         "usd": requested_usd,
-        "tokens": Decimal(ranking.query.tokens),
+        "tokens": Decimal(tokens),
         "requests": Decimal(1),
     }[kind.measure]
     retry_after = None
     if kind.measure != "usd" and state.resets_at is not None:
-        retry_after = max(1, int((state.resets_at - refused.at).total_seconds()) + 1)
+        retry_after = max(1, int((state.resets_at - at).total_seconds()) + 1)
     unit = "$" if kind.measure == "usd" else ""
     message = (
         f"The {kind.words} is {unit}{state.number(state.limit)}: {unit}{state.number(state.spent)}"

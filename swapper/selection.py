@@ -7,7 +7,7 @@ amount that is answered or held is computed exactly by ``pricing``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -278,10 +278,20 @@ class Ranking:
             fits[position] = self.estimate(int(indices[position])) <= usd
         return indices[fits]
 
+    def fits(self, index: int, rooms_usd: Mapping[str, Decimal]) -> bool:
+        """Whether model ``index`` fits the room of its provider, if that has a limit."""
+        room_usd = rooms_usd.get(self.table.cards[index].provider_id)
+        return room_usd is None or self.estimate(index) <= room_usd
+
     def choose(
-        self, room_usd: Decimal | None, chain_cap_usd: Decimal | None = None
+        self,
+        room_usd: Decimal | None,
+        chain_cap_usd: Decimal | None = None,
+        rooms_usd: Mapping[str, Decimal] | None = None,
     ) -> Choice | None:
         """The best model that fits ``room_usd``, with its fallback chain; None if none fits.
+
+        ``rooms_usd``: room at some providers, by id, which is theirs alone.
 
         A fallback at another provider is preferred to a better one at the chosen one's, because
         what makes a chain necessary is mostly the provider. None is dearer than ``chain_cap_usd``,
@@ -289,6 +299,10 @@ class Ranking:
         need.
         """
         fitting = self.within(self.order, room_usd)
+        if rooms_usd:
+            fitting = np.array(
+                [i for i in fitting.tolist() if self.fits(i, rooms_usd)], dtype=np.intp
+            )
         if not len(fitting):
             return None
         first = int(fitting[0])

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
-from uuid import uuid4
 
 from django.conf import settings
 
 from billing import ledger
 from billing.accounts import account_get_or_create
+from billing.budgets import claimed_by
 from billing.limits import BY_NAME, LimitStates, warnings_of
 from mswap_site.errors import Conflict, Invalid
 from swapper import messages, selection
+from swapper.asking import Asking
 from swapper.catalogue import Snapshot, Task, catalogue
 from swapper.context import Caller
-from swapper.decision import Stored, answer_of, encoder, read_stored
+from swapper.decision import Stored, answer_of, read_stored
 from swapper.messages import SelectRequest
-from swapper.refusals import nothing_serves, refusal
+from swapper.own_keys import CannotServe, OwnKeys, select_own
+from swapper.refusals import cheapest_alone, nothing_serves, refusal
 from swapper.selection import Choice, Ranking
 
 # A refused hold is tried again with what fits the figures of the refusal, the last time with the
@@ -53,43 +55,47 @@ def select_model(caller: Caller, request: SelectRequest, idempotency_key: str | 
             field="user_tier",
             tiers=list(snapshot.tiers),
         )
-    limits = caller.limits()
-    query = make_query(caller, request, task, limits)
-    ranking = selection.rank(snapshot.table, query)
-    if not len(ranking):
-        raise nothing_serves(snapshot, query, ranking, caller)
+    asking = Asking(
+        caller, request, task, snapshot, caller.limits(), idempotency_key, request_digest
+    )
+    answer = select_with_own_keys(asking) if request.use_user_keys else select_system(asking)
+    return Selected(answer, replayed=False)
 
-    room = least(limits.free_usd, settings.EMERGENCY_THRESHOLD_USD)
+
+def select_with_own_keys(asking: Asking) -> dict[str, Any]:
+    """Own keys first; system models where there is none, or where the account lets them step in."""
+    row = asking.caller.row
+    own = OwnKeys.read(row.account_id, row.read_at, full_config=row.full_provider_config)
+    if not own.providers:
+        return select_system(asking, "The account keeps no key of its own; a system key is used.")
+    try:
+        return select_own(asking, own)
+    except CannotServe as reason:
+        if not row.system_fallback:
+            reason.refusal.extra["system_fallback"] = False
+            raise reason.refusal from None
+        return select_system(
+            asking, f"A system key is used. Own keys could not serve: {reason.refusal.message}"
+        )
+
+
+def select_system(asking: Asking, security_warning: str | None = None) -> dict[str, Any]:
+    """Choose among our models and hold against the tier's limits."""
+    caller, request = asking.caller, asking.request
+    query = asking.query()
+    ranking = selection.rank(asking.snapshot.table, query)
+    if not len(ranking):
+        raise nothing_serves(asking.snapshot, query, ranking, caller)
+
+    room = least(asking.limits.free_usd, settings.EMERGENCY_THRESHOLD_USD)
     threshold = None if request.approved else caller.row.approval_threshold_usd
-    hold_id = uuid4()
     for attempt in range(TRIES):
         choice = None if attempt == TRIES - 1 else ranking.choose(room, chain_cap_usd=threshold)
         choice = choice or cheapest_alone(ranking)
-        stored = Stored.of(ranking, choice, task, request)
-        result = ledger.hold(
-            hold_id=hold_id,
-            account_id=caller.row.account_id,
-            usd=choice.hold_usd,
-            tokens=query.tokens,
-            approved=request.approved,
-            user_tier=request.user_tier and request.user_tier.upper(),
-            dry_run=request.dry_run,
-            idempotency_key=None if request.dry_run else idempotency_key,
-            request_digest=request_digest,
-            context=encoder.encode(stored).decode(),
-        )
+        stored = Stored.of(ranking, choice, asking.task, request, security_warning)
+        result = asking.hold(choice, stored)
         if isinstance(result, ledger.Placed):
-            return Selected(
-                answer_of(
-                    stored,
-                    hold_id=None if request.dry_run else hold_id,
-                    held=choice.hold_usd,
-                    expires_at=result.expires_at,
-                    limits=result.limits,
-                    warnings=result.warnings,
-                ),
-                replayed=False,
-            )
+            return asking.answer(choice, stored, result)
         alone = len(choice.chain) == 1 and choice.chosen.estimate_usd == cheapest_usd(ranking)
         kind = BY_NAME.get(result.rule)
         if kind is not None and kind.measure == "usd" and not alone:
@@ -136,26 +142,6 @@ def find_task(snapshot: Snapshot, name: str) -> Task:
     return task
 
 
-def make_query(
-    caller: Caller, request: SelectRequest, task: Task, limits: LimitStates
-) -> selection.Query:
-    prompt_tokens, completion_tokens = request.tokens()
-    return selection.Query(
-        task_type=task.name,
-        needs=task.needs.union(request.required_capabilities or ()),
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        at=caller.row.read_at,
-        priority=request.priority,
-        preferred_providers=request.preferred_providers or (),
-        excluded_providers=request.excluded_providers or (),
-        min_context_length=request.min_context_length or 0,
-        max_cost=request.max_cost,
-        max_price_per_1k=caller.row.max_price_per_1k_usd,
-        money_utilisation=limits.money_utilisation,
-    )
-
-
 def least(*amounts: Decimal | None) -> Decimal | None:
     return min((amount for amount in amounts if amount is not None), default=None)
 
@@ -166,14 +152,6 @@ def cheapest_usd(ranking: Ranking) -> Decimal:
     return cheapest.estimate_usd
 
 
-def cheapest_alone(ranking: Ranking) -> Choice:
-    """What is tried last: no fallback, nothing held for comfort."""
-    cheapest = ranking.cheapest()
-    assert cheapest is not None
-    best = ranking.best(1)[0]
-    return Choice(cheapest, (), None if best.card is cheapest.card else best)
-
-
 def replay(row: Any, request_digest: bytes | None) -> Selected:
     """The answer of the hold in ``row`` once more. Raises Conflict for another body."""
     if bytes(row.request_digest or b"") != request_digest:
@@ -181,12 +159,16 @@ def replay(row: Any, request_digest: bytes | None) -> Selected:
             "This Idempotency-Key was used with another body.", code="idempotency_conflict"
         )
     limits = LimitStates.from_counters(row.hold_counters, row.admitted_at)
+    stored = read_stored(row.hold_context)
+    budgets = claimed_by(row.hold_id, row.admitted_at) if stored.own_key else ()
+    warnings = warnings_of(row.hold_counters, limits)
     answer = answer_of(
-        read_stored(row.hold_context),
+        stored,
         hold_id=row.hold_id,
         held=row.held_usd,
         expires_at=row.expires_at,
         limits=limits,
-        warnings=warnings_of(row.hold_counters, limits),
+        warnings=warnings + [warning for budget in budgets for warning in budget.warnings],
+        budgets=budgets,
     )
     return Selected(answer, replayed=True)

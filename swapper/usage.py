@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -13,6 +13,7 @@ from django.db import IntegrityError
 from django.db.models.functions import Now
 
 from billing import ledger
+from billing.budgets import BudgetState, claimed_by
 from billing.ledger_sql import End
 from billing.limits import LimitStates
 from billing.models import Hold
@@ -22,7 +23,7 @@ from swapper import messages, pricing
 from swapper.catalogue import catalogue, schedule
 from swapper.decision import Stored, encoder, read_stored
 from swapper.messages import Attempt, UsageReport
-from swapper.models import Model
+from swapper.models import KeyState, Model
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,19 @@ calls AS MATERIALIZED (
         prompt_tokens = u.prompt_tokens + EXCLUDED.prompt_tokens,
         completion_tokens = u.completion_tokens + EXCLUDED.completion_tokens,
         cost = u.cost + EXCLUDED.cost, latency_ms = u.latency_ms + EXCLUDED.latency_ms
-)"""
+)""",
+    # An own key that the provider refused is not used again until it is checked (at once) or
+    # replaced; what was said of an earlier key does not count.
+    own=f"""
+, refused AS (
+    UPDATE providers p SET key_state = '{KeyState.INVALID}', key_check_due_at = e.at,
+        key_checked_at = e.at, key_told_at = NULL,
+        key_message = 'The provider refused this key when it was used.'
+    FROM ended e
+    WHERE p.account_id = e.account_id AND p.key_set_at <= e.admitted_at
+        AND p.key_state <> '{KeyState.INVALID}'
+        AND p.id IN (SELECT provider_id FROM calls WHERE error_kind = 'auth' AND NOT success)
+)""",
 )
 
 
@@ -98,6 +111,8 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
         row.hold_id,
         row.account_id,
         usd=sum((call["call_cost"] for call in calls), ZERO),
+        own_key=row.own_key,
+        spent_by=spent_by_provider(calls) if row.own_key else None,
         tokens=sum(call["prompt_tokens"] + call["completion_tokens"] for call in calls),
         report_digest=digest,
         statements=END_AND_RECORD,
@@ -106,8 +121,23 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
     if ended is None:
         hold = Hold.objects.get(pk=row.hold_id)
         return repeated(hold, digest), True
-    answer = answer_of(row.hold_id, report.success, ended.charged_usd, ended.overrun, ended.limits)
+    answer = answer_of(
+        row.hold_id,
+        report.success,
+        ended.charged_usd,
+        ended.overrun,
+        ended.limits,
+        claimed_by(row.hold_id, ended.at, ended=True) if row.own_key else (),
+    )
     return answer, False
+
+
+def spent_by_provider(calls: Iterable[Mapping[str, Any]]) -> dict[str, Decimal]:
+    """USD by provider: what each own key's budget is charged."""
+    spent: dict[str, Decimal] = {}
+    for call in calls:
+        spent[call["provider_id"]] = spent.get(call["provider_id"], ZERO) + call["call_cost"]
+    return spent
 
 
 def as_recordset(calls: Iterable[Mapping[str, Any]]) -> str:
@@ -123,7 +153,7 @@ def call_of(
     if link is not None:
         price_id, provider_id = link.price_id, link.provider_id
     else:
-        price_id, provider_id = outside_the_chain(model_id, row)
+        price_id, provider_id = outside_the_chain(model_id, stored, row)
     cost = pricing.cost(
         schedule(price_id),
         call.prompt_tokens,
@@ -149,18 +179,26 @@ def call_of(
     }
 
 
-def outside_the_chain(model_id: str, row: Any) -> tuple[int, str]:
+def outside_the_chain(model_id: str, stored: Stored, row: Any) -> tuple[int, str]:
     """(price id, provider id) of a model that the selection did not name but that answered.
 
     It is charged at its price of now: what was really spent counts. Raises Invalid where there is
-    no such model for this account, or it has no price.
+    no such model for this account, it has no price, or it is on another key than was held for:
+    a hold on own keys pays for no system model, and the other way round.
     """
-    card = catalogue.snapshot().table.by_id.get(model_id)
+    card = None if row.own_key else catalogue.snapshot().table.by_id.get(model_id)
     if card is not None:
         return card.price_id, card.provider_id
     model = Model.objects.filter(pk=model_id).select_related("provider").first()
     if model is None or model.provider.account_id not in (None, row.account_id):
         raise Invalid(f"There is no model {model_id}.", field="model_id")
+    held = {link.provider_id for link in stored.chain}
+    own = model.provider.account_id is not None
+    if own != row.own_key or (own and str(model.provider_id) not in held):
+        raise Invalid(
+            f"Model {model_id} is on a key that this selection did not hold for; ask again.",
+            field="model_id",
+        )
     if model.price_id is None:
         raise Invalid(f"Model {model_id} has no known price.", field="model_id")
     return model.price_id, str(model.provider_id)
@@ -172,12 +210,14 @@ def repeated(row: Any, digest: bytes) -> dict[str, Any]:
         raise Conflict(
             "This request was already reported, with other content.", code="already_reported"
         )
+    hold_id = getattr(row, "hold_id", None) or row.id
     return answer_of(
-        getattr(row, "hold_id", None) or row.id,
+        hold_id,
         row.state == Hold.State.SETTLED,
         row.charged_usd,
         row.overrun,
         LimitStates.from_counters(row.ended_counters, row.ended_at),
+        claimed_by(hold_id, row.ended_at, ended=True) if row.own_key else (),
     )
 
 
@@ -187,6 +227,7 @@ def answer_of(
     cost: Decimal,
     overrun: bool,
     limits: LimitStates,
+    budgets: Sequence[BudgetState],
 ) -> dict[str, Any]:
     return {
         "request_id": request_id,
@@ -194,6 +235,7 @@ def answer_of(
         "cost": plain(cost),
         "overrun": overrun,
         "limits": limits.as_json(),
+        "own_budgets": [budget.as_json() for budget in budgets],
     }
 
 

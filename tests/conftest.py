@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -24,6 +26,7 @@ from django.apps import apps
 from django.contrib.auth.models import User
 from django.db import connection, transaction
 from django.test import Client
+from django.urls import Resolver404, resolve
 
 from billing.accounts import account_get_or_create
 from billing.models import Account, Tier
@@ -129,24 +132,30 @@ def description() -> dict[str, Any]:
 
 
 @cache
-def validator(reference: str) -> Any:
-    root = {"$ref": reference, "components": description()["components"]}
+def validator(schema: str) -> Any:
+    root = {**json.loads(schema), "components": description()["components"]}
     return jsonschema_rs.Draft202012Validator(root, validate_formats=True)
 
 
 def assert_described(method: str, path: str, response: Any) -> None:
     """Whatever a test is about, its answers are those that the OpenAPI description promises."""
     path = (path if path.startswith("/") else API + path).partition("?")[0]
+    with suppress(Resolver404):
+        path = re.sub(r"<\w+:(\w+)>", r"{\1}", f"/{resolve(path).route}")
     operation = description()["paths"].get(path, {}).get(method.lower())
     if operation is None or response.status_code == 500:
         return
     answers = operation["responses"]
     assert str(response.status_code) in answers, f"{response.status_code} is not described"
-    content = answers[str(response.status_code)]["content"]
+    content = answers[str(response.status_code)].get("content")
+    if content is None:
+        assert not response.content
+        return
     media_type = response["Content-Type"].partition(";")[0]
     assert media_type in content
     if media_type == "application/json":
-        validator(content[media_type]["schema"]["$ref"]).validate(json.loads(response.content))
+        schema = json.dumps(content[media_type]["schema"])
+        validator(schema).validate(json.loads(response.content))
 
 
 @dataclass

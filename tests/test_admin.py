@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from django.apps import apps
 from django.contrib import admin
+from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
+from django.db.models.signals import pre_save
 from django.test import Client
 from django.urls import reverse
 
 from billing import ledger
-from billing.models import Account, BreakerTrip, Hold, Meter, Tier
+from billing.models import Account, BreakerTrip, Budget, Hold, Meter, Tier
 from keys import crypto
+from keys.models import AccessToken, Lending
 from swapper.catalogue import catalogue
-from swapper.models import Model, UsageLog
+from swapper.models import KeyState, Model, Provider, UsageLog
 from tests.conftest import Caller, Shelf, make_provider
 
 CANARY = "sk-example-canary-0000000000000001"
@@ -36,14 +40,34 @@ def browser(staff: User) -> Client:
 
 @pytest.fixture
 def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
-    """A hold, a usage row, a trip, a key: something to show on every page."""
+    """A hold, a usage row, a trip, a key, who got it: something to show on every page."""
     automodel.report(automodel.select().json())
     provider = make_provider("secretive")
     provider.api_key = crypto.seal(
         CANARY, row_id=provider.pk, owner=None, provider_type=provider.provider_type
     )
     provider.save()
+    Budget.objects.create(id=provider.pk, account=alice)
+    Lending.objects.create(
+        hold=Hold.objects.get(),
+        account=alice,
+        provider=provider,
+        own_key=False,
+        token=AccessToken.objects.get(),
+    )
     trip(alice)
+
+
+def page_of(row: Any) -> str:
+    name = f"admin:{row._meta.app_label}_{row._meta.model_name}_change"
+    return reverse(name, args=[row.pk])
+
+
+def submit(browser: Client, page: str, **edits: Any) -> Any:
+    """Send a page's form as it stands, but for ``edits``."""
+    form = browser.get(page).context["adminform"].form
+    data = {name: form[name].value() for name in form.fields} | edits
+    return browser.post(page, {name: value for name, value in data.items() if value is not None})
 
 
 def trip(account: Account) -> BreakerTrip:
@@ -68,7 +92,7 @@ def test_every_list_and_row_opens_and_shows_no_key(
     assert b"mswap:1:" not in shown  # nor its ciphertext
 
 
-@pytest.mark.parametrize("model", [Hold, UsageLog, BreakerTrip])
+@pytest.mark.parametrize("model", [Hold, UsageLog, BreakerTrip, Budget, Lending])
 def test_what_the_ledger_wrote_can_not_be_edited_or_deleted(
     model: type[Hold], browser: Client, one_of_each: None
 ) -> None:
@@ -124,13 +148,7 @@ def test_a_tier_that_staff_change_counts_on_the_next_request(
 def test_a_price_that_staff_change_becomes_a_new_price_row(browser: Client, shelf: Shelf) -> None:
     model = shelf.tiny
     before = model.price_id
-    page = browser.get(reverse("admin:swapper_model_change", args=[model.pk]))
-    form = page.context["adminform"].form
-    data = {name: form[name].value() for name in form.fields}
-    data = {name: value for name, value in data.items() if value is not None}
-    data |= {"cost_per_1k_prompt_tokens": "0.0123", "metadata": "{}", "regions": ""}
-    data["capabilities"] = "chat"
-    saved = browser.post(reverse("admin:swapper_model_change", args=[model.pk]), data)
+    saved = submit(browser, page_of(model), cost_per_1k_prompt_tokens="0.0123")
     assert saved.status_code == 302, saved.context["errors"]
     model = Model.objects.select_related("price").get(pk=model.pk)
     assert model.price is not None
@@ -138,3 +156,138 @@ def test_a_price_that_staff_change_becomes_a_new_price_row(browser: Client, shel
     assert (model.price.prompt_per_1k, model.price.source) == (Decimal("0.0123"), "staff")
     card = catalogue.snapshot().table.by_id[str(model.pk)]
     assert card.prompt_per_1k == Decimal("0.0123")
+
+
+def test_staff_choose_whether_an_account_falls_back_to_system_models(
+    alice: Account, browser: Client
+) -> None:
+    assert submit(browser, page_of(alice), system_fallback=True).status_code == 302
+    alice.refresh_from_db()
+    assert alice.system_fallback
+
+
+# --- A provider's key ------------------------------------------------------------------------
+
+
+def opened(provider: Provider) -> str:
+    provider.refresh_from_db()
+    return crypto.open_sealed(
+        provider.api_key, row_id=provider.pk, owner=None, provider_type=provider.provider_type
+    )
+
+
+def seen_by_staff(browser: Client, *answers: Any) -> str:
+    """All that the provider pages and the admin's own log say."""
+    listing = browser.get(reverse("admin:swapper_provider_changelist"))
+    pages = [browser.get(page_of(provider)) for provider in Provider.objects.all()]
+    texts = [page.content.decode() for page in (listing, *pages, *answers)]
+    return "".join([*texts, *map(str, LogEntry.objects.values_list("change_message", flat=True))])
+
+
+def test_staff_replace_the_key_of_a_provider_of_ours(
+    browser: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    provider = make_provider("openai", key_state=KeyState.INVALID, key_message="It is wrong.")
+    before = provider.key_set_at
+    saved = submit(browser, page_of(provider), new_api_key=CANARY)
+    assert saved.status_code == 302
+    assert opened(provider) == CANARY
+    assert (provider.key_state, provider.key_message) == (KeyState.NEVER_CHECKED, "")
+    assert provider.key_set_at > before
+    assert provider.key_check_due_at == provider.key_set_at
+    shown = seen_by_staff(browser, saved)
+    assert f"…{CANARY[-4:]}" in shown
+    assert CANARY not in shown + caplog.text
+    assert provider.api_key not in shown + caplog.text
+
+
+def test_staff_add_a_provider_with_its_key(browser: Client) -> None:
+    page = reverse("admin:swapper_provider_add")
+    added = submit(browser, page, name="New", provider_type="mistral", new_api_key=CANARY)
+    assert added.status_code == 302
+    assert opened(Provider.objects.get(name="New")) == CANARY
+    assert CANARY not in seen_by_staff(browser)
+
+
+@pytest.mark.parametrize("wrong", [{"priority": "x"}, {"new_api_key": f"{CANARY} {CANARY}"}])
+def test_a_form_that_is_not_valid_comes_back_without_the_key(
+    browser: Client, wrong: dict[str, str]
+) -> None:
+    provider = make_provider("openai")
+    answer = submit(browser, page_of(provider), **{"new_api_key": CANARY, **wrong})
+    assert answer.status_code == 200
+    assert answer.context["errors"]
+    assert CANARY not in seen_by_staff(browser, answer)
+    provider.refresh_from_db()
+    assert provider.api_key == "sealed"
+
+
+def test_an_accounts_own_key_is_not_for_staff_to_set(browser: Client, alice: Account) -> None:
+    provider = make_provider("openai", account=alice)
+    assert b"new_api_key" not in browser.get(page_of(provider)).content
+    forged = submit(browser, page_of(provider), priority="7", new_api_key=CANARY)
+    assert forged.status_code == 302
+    provider.refresh_from_db()
+    assert (provider.priority, provider.api_key) == (7, "sealed")
+
+
+def test_an_edit_leaves_alone_what_it_did_not_edit(browser: Client) -> None:
+    provider = make_provider("openai")
+
+    def rotated_meanwhile(**_: Any) -> None:
+        Provider.objects.update(api_key="sealed anew", key_state=KeyState.VALID)
+
+    pre_save.connect(rotated_meanwhile, sender=Provider)
+    try:
+        assert submit(browser, page_of(provider), priority="7").status_code == 302
+    finally:
+        pre_save.disconnect(rotated_meanwhile, sender=Provider)
+    provider.refresh_from_db()
+    assert (provider.priority, provider.api_key) == (7, "sealed anew")
+    assert provider.key_state == KeyState.VALID
+
+
+def test_a_provider_keeps_its_type_as_its_key_is_sealed_for_it(browser: Client) -> None:
+    provider = make_provider("openai")
+    assert submit(browser, page_of(provider), provider_type="mistral").status_code == 302
+    provider.refresh_from_db()
+    assert provider.provider_type == "openai"
+
+
+@pytest.mark.parametrize(
+    "stored, shown",
+    [
+        ("", "none"),
+        ("sealed", "re-enter this key"),
+        ("mswap:1:k1:AAAA", "re-enter this key"),
+        ("mswap:1:é:!", "re-enter this key"),
+        ("mswap:1:nokey:", "re-enter this key"),
+    ],
+)
+def test_a_key_that_does_not_open_is_to_be_entered_again(
+    browser: Client, stored: str, shown: str
+) -> None:
+    provider = make_provider("openai", api_key=stored)
+    listing = browser.get(reverse("admin:swapper_provider_changelist"))
+    assert f'<td class="field-key">{shown}</td>' in listing.content.decode()
+    assert shown in browser.get(page_of(provider)).content.decode()
+
+
+def test_of_a_short_key_nothing_is_shown(browser: Client) -> None:
+    provider = make_provider("openai")
+    submit(browser, page_of(provider), new_api_key="tiny-1234")
+    assert opened(provider) == "tiny-1234"
+    assert "1234" not in seen_by_staff(browser)
+
+
+def test_staff_who_may_only_look_find_no_field_for_a_key(db: None) -> None:
+    clerk = User.objects.create(username="clerk", is_staff=True)
+    clerk.user_permissions.add(Permission.objects.get(codename="view_provider"))
+    client = Client()
+    client.force_login(clerk)
+    provider = make_provider("openai")
+    page = client.get(page_of(provider))
+    assert page.status_code == 200
+    assert b"new_api_key" not in page.content
+    assert client.post(page_of(provider), {"new_api_key": CANARY}).status_code == 403

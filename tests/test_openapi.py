@@ -21,6 +21,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as examples
 from schemathesis.specs.openapi import checks
 
+from billing.budgets import BUDGET_LIMITS
 from billing.limits import LIMITS
 from billing.models import Account
 from swapper import messages, openapi
@@ -210,7 +211,8 @@ def test_every_limit_is_described():
         ("requests", "RequestLimit"),
     ):
         described = document["components"]["schemas"][name]["properties"]["limit"]["enum"]
-        assert set(described) == {limit.name for limit in LIMITS if limit.measure == measure}
+        known = {limit.name for limit in (*LIMITS, *BUDGET_LIMITS) if limit.measure == measure}
+        assert set(described) == known
 
 
 def test_how_to_prove_who_one_is_is_described():

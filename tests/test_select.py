@@ -15,7 +15,7 @@ from django.db import connection
 from billing import ledger
 from billing.accounts import account_get_or_create
 from billing.models import Account, Hold, Meter, Tier
-from swapper.models import Provider
+from swapper.models import Price, Provider
 from tests.conftest import Caller, Shelf, caller, edit, limits, make_model, make_provider
 
 pytestmark = pytest.mark.usefixtures("alice", "shelf")
@@ -283,11 +283,16 @@ def test_a_model_that_may_not_be_used_is_not(
     elif what == "owner":
         edit(shelf.large.provider, account=bob)
     else:
-        assert shelf.large.price is not None
-        edit(shelf.large.price, schedule={"periods": []})
-        from swapper import catalogue
-
-        catalogue._schedules.clear()
+        old = shelf.large.price
+        assert old is not None
+        unreadable = Price.objects.create(
+            model=shelf.large,
+            schedule={"periods": []},
+            prompt_per_1k=old.prompt_per_1k,
+            completion_per_1k=old.completion_per_1k,
+            source="test",
+        )
+        edit(shelf.large, price=unreadable)
     assert "large" not in names(ok(automodel.select(priority="critical")))
 
 

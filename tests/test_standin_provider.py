@@ -446,6 +446,75 @@ def test_model_lists_are_the_catalogues_and_anthropics_is_paged() -> None:
         assert known_models(provider_type), provider_type
 
 
+@pytest.mark.parametrize("provider_type", sorted(DIALECTS))
+def test_keys_that_say_so_are_refused_where_keys_are_checked(provider_type: str) -> None:
+    """In the shapes of the pages that the adapters of ``keys.providers`` cite."""
+
+    async def talk(client: Client, root: str) -> list[httpx2.Response]:
+        url = base_url(root, provider_type)
+        urls = [f"{url}/models"]
+        if provider_type == "openrouter":
+            urls.append(f"{url}/key")
+        if provider_type == "huggingface":
+            urls += [f"{root}/huggingface/api/whoami-v2", f"{root}/api/whoami-v2"]
+
+        async def look(url: str, key: str) -> httpx2.Response:
+            named = {"x-api-key": key, "anthropic-version": "2023-06-01"}
+            bearer = {"authorization": f"Bearer {key}"}
+            headers = named if provider_type == "anthropic" else bearer
+            return await client.get(url, headers=headers)
+
+        words = ("good", "invalid", "revoked", "nopermission", "ratelimited")
+        return [await look(url, f"sk-{word}-0004") for url in urls for word in words]
+
+    answers = with_provider(talk)
+    assert [answer.status_code for answer in answers[:5]] == [200, 401, 401, 403, 429]
+    assert int(answers[4].headers["retry-after"]) > 2
+    error = answers[1].json()
+    if provider_type == "huggingface":
+        assert isinstance(error["error"], str)
+        for good, *_, nopermission, limited in (answers[5:10], answers[10:15]):
+            assert good.json()["name"]
+            # Who it belongs to is told, and that it may not call models.
+            assert nopermission.json()["auth"]["accessToken"]["fineGrained"]["global"] == []
+            assert limited.status_code == 429
+        entry = answers[0].json()["data"][0]
+        assert ":" not in entry["id"]
+        assert entry["providers"][0].keys() == {
+            "provider",
+            "status",
+            "context_length",
+            "supports_tools",
+        }
+    elif provider_type == "openrouter":
+        assert error["error"]["code"] == 401
+        assert [answer.status_code for answer in answers[5:]] == [200, 401, 401, 403, 429]
+        assert answers[5].json()["data"]["limit_remaining"] is None
+    elif provider_type == "mistral":
+        entry = answers[0].json()["data"][0]
+        assert entry["capabilities"]["completion_chat"] in (True, False)
+        assert entry["max_context_length"] > 0
+        assert error["code"] == "invalid_api_key"
+    elif provider_type == "anthropic":
+        types = [answer.json()["error"]["type"] for answer in answers[1:]]
+        assert types == [*["authentication_error"] * 2, "permission_error", "rate_limit_error"]
+    else:
+        assert error["error"]["code"] == "invalid_api_key"
+
+
+def test_hugging_faces_list_has_every_backend_of_a_model() -> None:
+    async def talk(client: Client, root: str) -> Any:
+        url = base_url(root, "huggingface") + "/models"
+        return (await client.get(url, headers={"authorization": "Bearer k"})).json()
+
+    listed = [
+        f"{entry['id']}:{backend['provider']}"
+        for entry in with_provider(talk)["data"]
+        for backend in entry["providers"]
+    ]
+    assert sorted(listed) == known_models("huggingface")
+
+
 def test_what_is_not_http_or_not_json_does_not_stop_the_server() -> None:
     async def talk(client: Client, root: str) -> list[int]:
         port = int(root.rsplit(":", 1)[1])

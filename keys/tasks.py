@@ -1,0 +1,45 @@
+"""Keys in the background. Messages carry ids, never a key."""
+
+from __future__ import annotations
+
+from celery import shared_task
+from django.conf import settings
+from django.core.mail import send_mail
+
+from keys import checks
+
+# What a sweep takes: a day's sweeps are enough for every key of a large installation.
+BATCH = 500
+
+
+@shared_task
+def check_due_keys() -> int:
+    """Hand out every check that is due: new keys, daily ones, and those that failed to answer."""
+    ids = checks.claim_due(BATCH)
+    for provider_id in ids:
+        check_key.delay(provider_id)
+    return len(ids)
+
+
+@shared_task
+def check_key(provider_id: str) -> None:
+    checks.check(provider_id)
+
+
+@shared_task
+def tell_owners() -> int:
+    """Tell the owners of keys that do not work; those without an address see it on their page."""
+    told = checks.untold(BATCH)
+    for provider in told:
+        user = provider.account.user if provider.account else None
+        if user is None or not user.email:
+            continue
+        send_mail(
+            f"Your key “{provider.name}” does not work",
+            f"{provider.key_message}\n\nRequests do not use it until you replace it or it is"
+            " found to work again.",
+            settings.DEFAULT_FROM_EMAIL,
+            [user.email],
+            fail_silently=True,
+        )
+    return len(told)

@@ -1,0 +1,84 @@
+"""One request for a model: what it asks, the hold for a choice, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID, uuid4
+
+from billing import ledger
+from billing.limits import LimitStates
+from swapper import selection
+from swapper.catalogue import Snapshot, Task
+from swapper.context import Caller
+from swapper.decision import Stored, answer_of, encoder
+from swapper.messages import SelectRequest
+from swapper.selection import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A request of ``caller``, whose row is one of context.ACCOUNT_CONTEXT with an account."""
+
+    caller: Caller
+    request: SelectRequest
+    task: Task
+    snapshot: Snapshot
+    limits: LimitStates
+    idempotency_key: str | None
+    digest: bytes | None
+    hold_id: UUID = field(default_factory=uuid4)
+
+    def query(self, **how: Any) -> selection.Query:
+        """What is asked of the selection; ``how``: what differs from system keys."""
+        request, row = self.request, self.caller.row
+        prompt_tokens, completion_tokens = request.tokens()
+        return selection.Query(
+            task_type=self.task.name,
+            needs=self.task.needs.union(request.required_capabilities or ()),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            at=row.read_at,
+            priority=request.priority,
+            preferred_providers=request.preferred_providers or (),
+            excluded_providers=request.excluded_providers or (),
+            min_context_length=request.min_context_length or 0,
+            max_cost=request.max_cost,
+            **{
+                "max_price_per_1k": row.max_price_per_1k_usd,
+                "money_utilisation": self.limits.money_utilisation,
+                **how,
+            },
+        )
+
+    def hold(
+        self, choice: Choice, stored: Stored, budgets: Sequence[str] = ()
+    ) -> ledger.Placed | ledger.Refused:
+        """Set aside what ``choice`` may cost, on system keys or on the keys of ``budgets``."""
+        request = self.request
+        prompt_tokens, completion_tokens = request.tokens()
+        return ledger.hold(
+            hold_id=self.hold_id,
+            account_id=self.caller.row.account_id,
+            usd=choice.hold_usd,
+            tokens=prompt_tokens + completion_tokens,
+            budgets=budgets,
+            approved=request.approved,
+            user_tier=request.user_tier and request.user_tier.upper(),
+            dry_run=request.dry_run,
+            idempotency_key=None if request.dry_run else self.idempotency_key,
+            request_digest=self.digest,
+            context=encoder.encode(stored).decode(),
+        )
+
+    def answer(self, choice: Choice, stored: Stored, placed: ledger.Placed) -> dict[str, Any]:
+        return answer_of(
+            stored,
+            hold_id=None if self.request.dry_run else self.hold_id,
+            held=choice.hold_usd,
+            expires_at=placed.expires_at,
+            limits=placed.limits,
+            warnings=placed.warnings,
+            budgets=placed.budgets,
+        )
