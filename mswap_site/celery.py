@@ -1,15 +1,28 @@
 """The Celery application. Tasks take ids, are safe to run twice, and are in an app's tasks.py."""
 
 import os
+import sys
 from pathlib import Path
 
-from celery import Celery
+from celery import Celery, signals
+from django.core.exceptions import ImproperlyConfigured
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mswap_site.settings")
 
 app = Celery("mswap")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
+
+
+@signals.worker_init.connect
+def check_master_keys(**_: object) -> None:
+    """A worker without the right master keys would tell owners that their keys are lost."""
+    from keys import startup
+
+    try:
+        startup.check_master_keys()
+    except ImproperlyConfigured as error:
+        sys.exit(f"ModelSwapper can't start. {error}")
 
 
 @app.on_after_configure.connect

@@ -17,6 +17,7 @@ from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from keys.demo import seed_demo
+from keys.startup import check_master_keys
 
 # Measured (docs/decisions.md): two processes for two cores, four threads each.
 WEB_PROCESSES = 2
@@ -35,6 +36,7 @@ class Command(BaseCommand):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         self.step("Migrating the database")
         call_command("migrate", verbosity=0)
+        check_master_keys()
         self.step("Importing the price catalogue")
         call_command("sync_catalog", stdout=self.stdout)
         self.step("Making demo accounts")
