@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,28 @@ from django.db import transaction
 from django.utils import timezone
 
 from billing.accounts import account_get_or_create
+from billing.budgets import budget_set
 from billing.models import Account, Tier
+from keys.configs import PRIORITY, apply
 from keys.models import AccessToken
+from keys.providers import ADAPTERS
 from keys.tokens import PERSONAL_SCOPES, token_create
+from swapper.models import Provider
 
 LABEL = "demo (make run)"
-SERVICE_SCOPES = ("select", "usage", "keys:use", "accounts:write")
+SERVICE_SCOPES = (
+    "select",
+    "usage",
+    "keys:use",
+    "keys:system",
+    "keys:manage",
+    "accounts:write",
+)
+# The stand-in accepts any key, except one that says what is wrong with it.
+KEYS = {
+    "openai": "sk-demo-EXAMPLE-000000000000000000001",
+    "mistral": "demo-revoked-EXAMPLE-00000000000002",
+}
 
 
 @transaction.atomic
@@ -39,6 +56,8 @@ def seed_demo(url: str, path: Path) -> dict[str, Any]:
         account, _ = account_get_or_create(external_id, tier.code)
         user = demo_user(login, passwords)
         Account.objects.filter(pk=account.pk).update(user=user, tier=tier)
+        if tier.own_keys:
+            seed_keys(account)
         _, token = token_create(LABEL, PERSONAL_SCOPES, account=account)
         accounts.append(
             {
@@ -60,6 +79,24 @@ def seed_demo(url: str, path: Path) -> dict[str, Any]:
     path.touch(mode=0o600)
     path.write_text(json.dumps(content, indent=2) + "\n")
     return content
+
+
+def seed_keys(account: Account) -> None:
+    """Keys of the stand-in's providers, once; the worker checks them and finds their models."""
+    Account.objects.filter(pk=account.pk).update(system_fallback=True)
+    if account.providers.exists():
+        return
+    for provider_type, key in KEYS.items():
+        provider = Provider(
+            account=account,
+            provider_type=provider_type,
+            name=ADAPTERS[provider_type].label,
+            priority=PRIORITY,
+            metadata={"user_managed": True, "user_id": account.external_id},
+        )
+        apply(provider, {"api_key": key})
+        provider.save(force_insert=True)
+        budget_set(provider.pk, account.pk, usd_per_day=Decimal(5), usd_per_month=Decimal(50))
 
 
 def demo_user(login: str, passwords: dict[str, str], **flags: bool) -> User:

@@ -16,7 +16,11 @@ from keys.models import AccessToken
 
 SCHEME = "msw"
 DEFAULT_LIFETIME = timedelta(days=90)
-PERSONAL_SCOPES = (AccessToken.Scope.SELECT, AccessToken.Scope.USAGE)
+PERSONAL_SCOPES = (
+    AccessToken.Scope.SELECT,
+    AccessToken.Scope.USAGE,
+    AccessToken.Scope.KEYS_MANAGE,
+)
 
 
 def digest(prefix: str, secret: str) -> bytes:

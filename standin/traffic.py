@@ -43,6 +43,7 @@ from swapper.client import (
     Candidate,
     LimitRefusedError,
     ModelSelectionRequest,
+    ModelSelectionResponse,
     ModelSwapperError,
     ModelSwapperService,
     NotFoundError,
@@ -53,6 +54,8 @@ from swapper.client import (
 TIERS = ("MEOWTRIX", "BIGCHONK", "CLAWBACK", "LILBEAN", "FREE")
 # Of a hundred simulated users, how many have which tier.
 TIER_SHARES = {"FREE": 62, "LILBEAN": 22, "CLAWBACK": 11, "BIGCHONK": 4, "MEOWTRIX": 1}
+# Who may keep own keys, and how many of their requests ask for them.
+OWN_KEY_TIERS, OWN_KEY_SHARE = ("CLAWBACK", "BIGCHONK", "MEOWTRIX"), 0.4
 # How strongly activity concentrates on few accounts: the n-th has weight 1/n^this.
 ZIPF_EXPONENT = 1.1
 # A day in UTC hours: requests as a share of the day's average.
@@ -230,6 +233,7 @@ def selection_request(arrival: Arrival, rng: random.Random) -> ModelSelectionReq
     The cap is mostly generous; one in thirty is too small and cuts the answer off.
     """
     request = ModelSelectionRequest(
+        use_user_keys=arrival.account.tier in OWN_KEY_TIERS and rng.random() < OWN_KEY_SHARE,
         task_type=arrival.task_type,
         user_id=arrival.account.external_id,
         user_tier=arrival.account.tier,
@@ -263,7 +267,10 @@ class Ledger:
     @property
     def spent(self) -> Decimal | None:
         """USD spent meanwhile as the API says; None when it could not be asked."""
-        return None if self.after is None else self.after.cost - self.before.cost
+        if self.after is None:
+            return None
+        system = self.after.cost - self.before.cost
+        return system + self.after.own_key_cost - self.before.own_key_cost
 
     @property
     def agrees(self) -> bool:
@@ -282,6 +289,7 @@ class Stats:
     approved: int = 0
     downgraded: int = 0
     overruns: int = 0
+    own_keys: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cap_broken: int = 0
@@ -468,20 +476,29 @@ class Simulation:
                         stats.all_failed += 1
                         break
                     stats.fallbacks += tried > 0
-                    if await self._try(candidate, arrival, f"{tag}.{tried}", rng):
+                    key = await self._key_for(attempt.selection, candidate)
+                    if await self._try(candidate, arrival, f"{tag}.{tried}", rng, key):
                         stats.succeeded += 1
                         break
         finally:
             self._book(attempt, ledger)
 
+    async def _key_for(self, selection: ModelSelectionResponse, candidate: Candidate) -> str:
+        """The account's own key, lent for this call, or what AutoModel has of its own."""
+        if not selection.using_user_keys or selection.request_id is None:
+            return f"standin-{candidate.provider_type}"
+        lent = await self._service.borrow_key(selection.request_id, candidate.model_id)
+        self.stats.own_keys += 1
+        return lent.api_key
+
     async def _try(
-        self, candidate: Candidate, arrival: Arrival, tag: str, rng: random.Random
+        self, candidate: Candidate, arrival: Arrival, tag: str, rng: random.Random, key: str
     ) -> bool:
         """Call the provider for one candidate and say how it went; whether it answered."""
         stats = self.stats
         candidate.used(prompt_tokens=arrival.prompt_tokens)
         try:
-            answered = await self._call_provider(candidate, arrival, tag)
+            answered = await self._call_provider(candidate, arrival, tag, key)
         except ProviderFailed as error:
             # An error answer costs nothing; a call that was cut off has used its prompt.
             candidate.failed(error, prompt_tokens=0)
@@ -505,14 +522,15 @@ class Simulation:
             stats.failures[candidate.outcome.error_kind or "other"] += 1
         return False
 
-    async def _call_provider(self, candidate: Candidate, arrival: Arrival, tag: str) -> Answered:
+    async def _call_provider(
+        self, candidate: Candidate, arrival: Arrival, tag: str, key: str
+    ) -> Answered:
         """One call in the provider's own dialect.
 
         Raise ProviderFailed for an error answer, httpx2.RequestError for none, ValueError or
         LookupError for one that can't be read.
         """
         kind, cap = candidate.provider_type, candidate.max_completion_tokens
-        key = f"standin-{kind}"
         headers = {
             "x-standin-tag": tag,
             "x-standin-prompt-tokens": str(arrival.prompt_tokens),
@@ -628,6 +646,7 @@ def summary(simulation: Simulation, seconds: float) -> tuple[str, bool]:
         f"  ModelSwapper errors    {sum(stats.errors.values())}",
         *_counted(stats.errors),
         f"  cheaper near a limit   {stats.downgraded}",
+        f"  calls on own keys      {stats.own_keys}",
         f"  dearer than held       {stats.overruns}",
         f"  answers over their cap {stats.cap_broken}",
         f"  tokens                 {stats.prompt_tokens} in, {stats.completion_tokens} out",

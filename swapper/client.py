@@ -129,6 +129,21 @@ class ModelSelectionResponse(msgspec.Struct, kw_only=True):
     limits: dict[str, Any] = {}
 
 
+class Credentials(msgspec.Struct, kw_only=True):
+    """A provider's key, for one open selection until ``expires_at``. Keep it nowhere."""
+
+    model_id: str
+    provider_id: str
+    provider_type: str
+    api_key: str
+    base_url: str | None
+    organization_id: str | None
+    expires_at: datetime
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.provider_type}, model_id={self.model_id!r})"
+
+
 class UsageAttempt(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One model that was tried; ``latency_ms`` in milliseconds."""
 
@@ -460,6 +475,15 @@ class ModelSwapperService:
     async def get_health(self) -> dict[str, Any]:
         """Whether the server is live and ready; UnavailableError when it is not."""
         return await self._call("GET", "health", dict[str, Any])
+
+    async def borrow_key(self, request_id: str, model_id: str | None = None) -> Credentials:
+        """The key for a model of an open selection (the chosen one unless another is named).
+
+        Needs the scope ``keys:use``, or ``keys:system`` for a key of ModelSwapper's own.
+        """
+        body = {} if model_id is None else {"model_id": model_id}
+        path = f"selections/{request_id}/credentials"
+        return await self._call("POST", path, Credentials, body=body)
 
     async def get_user_provider_configs(self, user_id: str) -> list[dict[str, Any]]:
         """The user's own providers, each key shown by its last four characters only."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+OWN = {"use_user_keys": True}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -89,6 +90,18 @@ def test_one_command_starts_everything_and_the_books_agree(open_folder: Path) ->
             ),
             40,
         )
+        wait_for(
+            "the check of the demo's own keys",
+            lambda: {
+                row["key_state"] for row in call(demo, "provider-configs?user_id=demo-bigchonk")
+            }
+            == {"valid", "invalid"},
+            60,
+        )
+        own = call(demo, "select-model", {**asked, "user_id": "demo-bigchonk", **OWN})
+        assert own["using_user_keys"]
+        lent = call(demo, f"selections/{own['request_id']}/credentials", {"model_id": None})
+        assert lent["api_key"].startswith("sk-demo-EXAMPLE-")
     finally:
         run.send_signal(signal.SIGINT)
         try:

@@ -18,6 +18,8 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from keys.demo import seed_demo
 from keys.startup import check_master_keys
+from standin.provider import base_url
+from swapper.price_import import PROVIDER_TYPES
 
 # Measured (docs/decisions.md): two processes for two cores, four threads each.
 WEB_PROCESSES = 2
@@ -46,6 +48,9 @@ class Command(BaseCommand):
 
         children = Children(settings.DATA_DIR / "logs")
         try:
+            provider_url = f"http://127.0.0.1:{free_port()}"
+            children.start("provider", provider_command(provider_url))
+            children.env |= at_stand_in(provider_url)
             children.start("web", web_command(port))
             worker = ["-A", "mswap_site", "worker", "--pool", "threads", "-c", "2"]
             quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
@@ -56,7 +61,8 @@ class Command(BaseCommand):
             self.tell(demo, url, demo_path, children.folder)
             if traffic:
                 simulate = [sys.executable, "manage.py", "simulate_traffic", "--forever"]
-                children.start("traffic", [*simulate, "--rate", "4"], show=True)
+                simulate += ["--rate", "4", "--provider-url", provider_url]
+                children.start("traffic", simulate, show=True)
             children.wait()
         except KeyboardInterrupt:
             self.stdout.write("\nStopping.")
@@ -106,6 +112,31 @@ def web_command(port: int) -> list[str]:
     )
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def provider_command(url: str) -> list[str]:
+    """The stand-in of the AI providers, which the demo's keys are keys of."""
+    port = url.rpartition(":")[2]
+    return python(
+        "standin.provider",
+        *("--port", port, "--fail-rate", "0.02", "--latency-scale", "0.2", "--hang-seconds", "60"),
+    )
+
+
+def at_stand_in(url: str) -> dict[str, str]:
+    """Environment in which keys are checked at the stand-in instead of the real providers."""
+    if "PROVIDER_BASE_URLS" in os.environ:
+        return {}
+    addresses = (f"{kind}={base_url(url, kind)}" for kind in PROVIDER_TYPES)
+    allowed = ",".join(filter(None, [os.environ.get("EGRESS_ALLOWED_ORIGINS"), url]))
+    return {"PROVIDER_BASE_URLS": ",".join(addresses), "EGRESS_ALLOWED_ORIGINS": allowed}
+
+
 def check_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -134,6 +165,7 @@ class Children:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.logs: list[IO[bytes]] = []
+        self.env: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, command: list[str], *, show: bool = False) -> None:
@@ -145,7 +177,7 @@ class Children:
         self.running[name] = subprocess.Popen(  # noqa: S603 (our own commands)
             command,
             cwd=settings.BASE_DIR,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **self.env, "PYTHONUNBUFFERED": "1"},
             stdout=log,
             stderr=subprocess.STDOUT if log else None,
             # Its own group: Ctrl-C reaches this process alone, which ends the others in order.
