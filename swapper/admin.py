@@ -54,7 +54,7 @@ class ModelModelAdmin(OneLine):
 
     def save_model(self, request: HttpRequest, obj: Model, form: Any, change: bool) -> None:
         super().save_model(request, obj, form, change)
-        record_changed_prices()
+        record_changed_prices(provider_id=obj.provider_id)
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         # Usage rows name models; disable instead.

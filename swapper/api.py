@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any, ClassVar
 
+from django.contrib.auth import get_user
 from django.http import HttpResponse
 from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.request import Request
@@ -115,7 +116,9 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def authenticate_again(request: Request) -> Caller:
-    """The caller with its context read anew: its account was just made."""
+    """The caller with its context read anew: what it says was just changed."""
+    # DRF has put the caller in the place of the login, which a session is recognised by.
+    request._request.user = get_user(request._request)
     request._authenticate()  # type: ignore[attr-defined]
     return caller_of(request)
 

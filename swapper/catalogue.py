@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from django.conf import settings
 from django.db import connection, transaction
@@ -67,10 +68,13 @@ SELECT name, id::text, ARRAY(SELECT jsonb_array_elements_text(
         WHEN 'array' THEN metadata -> 'required_capabilities' ELSE '[]' END)) FROM task_types
 """
 
+# Where a price may have been edited: at our providers, or at the one that was just saved.
+EDITED = "(SELECT id FROM providers WHERE account_id IS NULL UNION ALL SELECT %(provider)s::uuid)"
+
 # Columns set to 0/0 mean "unknown", never "free": a free model has a price row that says so.
 FORGET_PRICES = f"""
 UPDATE models m SET price_id = NULL FROM swapper_price r
-WHERE r.id = m.price_id AND m.provider_id IN {SYSTEM}
+WHERE r.id = m.price_id AND m.provider_id IN {EDITED}
     AND m.cost_per_1k_prompt_tokens = 0 AND m.cost_per_1k_completion_tokens = 0
     AND (r.prompt_per_1k <> 0 OR r.completion_per_1k <> 0)
 """
@@ -82,7 +86,7 @@ WITH changed AS (
     SELECT m.id, m.cost_per_1k_prompt_tokens AS prompt,
         m.cost_per_1k_completion_tokens AS completion
     FROM models m LEFT JOIN swapper_price r ON r.id = m.price_id
-    WHERE m.provider_id IN {SYSTEM}
+    WHERE m.provider_id IN {EDITED}
         AND m.cost_per_1k_prompt_tokens >= 0 AND m.cost_per_1k_completion_tokens >= 0
         AND CASE WHEN r.id IS NULL
             THEN m.cost_per_1k_prompt_tokens > 0 OR m.cost_per_1k_completion_tokens > 0
@@ -103,11 +107,15 @@ UPDATE models m SET price_id = recorded.id FROM recorded WHERE m.id = recorded.m
 """
 
 
-def record_changed_prices(source: str = "staff") -> int:
-    """Give each model of ours whose flat price columns changed a new Price row; return how many."""
+def record_changed_prices(source: str = "staff", provider_id: UUID | None = None) -> int:
+    """Give each model whose flat price columns changed a new Price row; return how many.
+
+    Looks at the models of our providers, and of ``provider_id``.
+    """
+    params = {"source": source, "provider": provider_id}
     with connection.cursor() as cursor:
-        cursor.execute(FORGET_PRICES)
-        cursor.execute(RECORD_CHANGED_PRICES, {"source": source})
+        cursor.execute(FORGET_PRICES, params)
+        cursor.execute(RECORD_CHANGED_PRICES, params)
         return int(cursor.rowcount)
 
 

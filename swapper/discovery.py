@@ -110,8 +110,10 @@ def _update(row: Model, item: Listed, imported: ImportedModel | None) -> None:
         row.metadata = {key: value for key, value in row.metadata.items() if key != VANISHED}
     if imported:
         catalogue_sync.merge(row, imported)
-    if item.context_length and "context_length" not in row.metadata.get(OWNER, {}):
-        row.context_length = item.context_length
+    row.context_length = item.context_length or row.context_length
+    # Before what the list and the catalogue say goes what the owner said.
+    for name, value in row.metadata.get(OWNER, {}).items():
+        setattr(row, name, value)
 
 
 def model_change(
