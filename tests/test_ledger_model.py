@@ -1,10 +1,11 @@
 """The ledger against a model of it in plain Python, over long random histories.
 
 The model knows no counters, windows that roll over, or locks: it keeps a list of holds and adds
-up what it needs each time. Whatever hypothesis does (time that jumps over minutes, hours and
-days and steps back; several accounts and tiers; own keys, approvals, late reports, emergency
-stops and their resets, staff who edit tiers), ledger and model must give the same answers with
-the same figures, and the audit must find no drift after any step.
+up what it needs each time. Whatever hypothesis does (time that jumps over minutes, hours, days
+and months and steps back; several accounts and tiers; own keys with budgets of their own,
+approvals, late reports, emergency stops and their resets, staff who edit tiers and accounts that
+edit budgets), ledger and model must give the same answers with the same figures, and the audit
+must find no drift after any step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from django.db import connection
@@ -34,9 +35,10 @@ from hypothesis.stateful import (
 )
 
 from billing import ledger
+from billing.budgets import BudgetState, budget_set, claimed_by
 from billing.ledger import Placed, Refused
 from billing.limits import LimitStates
-from billing.models import Account, BreakerTrip, Hold, Tier
+from billing.models import Account, BreakerTrip, Claim, Hold, Tier
 from tests.ledger_world import drifts, make_purse, make_tier, seed_tiers
 
 EXAMPLES, STEPS = 120, 40
@@ -90,18 +92,40 @@ KINDS: dict[str, tuple[str, str]] = {
     "requests_per_hour": ("requests", "hour"),
     "requests_per_minute": ("requests", "minute"),
 }
+# What each account's two own keys may spend: per day and per month.
+KEYS = (0, 1)
+BUDGETS: dict[tuple[str, int], tuple[Decimal | None, Decimal | None]] = {
+    ("alice", 0): (Decimal(2), Decimal(3)),
+    ("alice", 1): (None, Decimal(4)),
+    ("bob", 0): (Decimal(3), None),
+    ("bob", 1): (None, None),
+    ("carol", 0): (Decimal(6), Decimal(6)),
+    ("carol", 1): (Decimal(0), Decimal(5)),
+}
+BUDGET_WINDOWS = ("day", "month")
 
 
 def start_of(window: str, at: datetime) -> datetime:
-    names = {"minute": "%Y-%m-%d %H:%M", "hour": "%Y-%m-%d %H", "day": "%Y-%m-%d"}
+    names = {
+        "minute": "%Y-%m-%d %H:%M",
+        "hour": "%Y-%m-%d %H",
+        "day": "%Y-%m-%d",
+        "month": "%Y-%m",
+    }
     text = at.strftime(names[window])
     return datetime.strptime(text, names[window]).replace(tzinfo=UTC)
+
+
+def end_of(window: str, at: datetime) -> datetime:
+    # One step into the next window, whatever its length.
+    step = {"minute": 1, "hour": 60, "day": 60 * 24, "month": 60 * 24 * 32}[window]
+    return start_of(window, start_of(window, at) + timedelta(minutes=step))
 
 
 @dataclass
 class ModelHold:
     account: str
-    own_key: bool
+    keys: tuple[int, ...]
     usd: Decimal
     tokens: int
     at: datetime
@@ -110,6 +134,12 @@ class ModelHold:
     unreported: bool = False
     charged_usd: Decimal = Decimal(0)
     charged_tokens: int = 0
+    # What of it was charged to which key.
+    charged_by: dict[int, Decimal] = field(default_factory=dict)
+
+    @property
+    def own_key(self) -> bool:
+        return bool(self.keys)
 
 
 @dataclass
@@ -118,7 +148,7 @@ class ModelAccount:
     stopped: bool = False
     # Of the last admission: an account's time never goes back behind this minute.
     minute: datetime = datetime(1970, 1, 1, tzinfo=UTC)
-    warned: dict[tuple[str, datetime], int] = field(default_factory=dict)
+    warned: dict[Any, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -127,6 +157,7 @@ class Model:
 
     tiers: dict[str, dict[str, Any]]
     accounts: dict[str, ModelAccount]
+    budgets: dict[tuple[str, int], tuple[Decimal | None, Decimal | None]]
     holds: dict[UUID, ModelHold] = field(default_factory=dict)
     # What a reset accepted of an account's spend in an hour.
     accepted: dict[tuple[str, datetime], Decimal] = field(default_factory=dict)
@@ -154,13 +185,40 @@ class Model:
             found[name] = (self.tiers[tier][name], spent, held)
         return found
 
+    def budget(self, account: str, key: int, at: datetime) -> list[tuple[Any, Any, Any]]:
+        """(limit, spent, held) of a key's day and month, added up from the holds."""
+        found = []
+        for limit, window in zip(self.budgets[account, key], BUDGET_WINDOWS, strict=True):
+            mine = [
+                hold
+                for hold in self.holds.values()
+                if hold.account == account
+                and key in hold.keys
+                and start_of(window, hold.at) == start_of(window, at)
+            ]
+            spent = sum((hold.charged_by.get(key, Decimal(0)) for hold in mine), Decimal(0))
+            held = sum((hold.usd for hold in mine if hold.state == "open"), Decimal(0))
+            found.append((limit, spent, held))
+        return found
+
+    def full_budget(
+        self, account: str, keys: tuple[int, ...], usd: Decimal, at: datetime
+    ) -> str | None:
+        for window in ("month", "day"):
+            for key in keys:
+                states = self.budget(account, key, at)
+                limit, spent, held = states[BUDGET_WINDOWS.index(window)]
+                if limit is not None and spent + held + usd > limit:
+                    return f"own_usd_per_{window}"
+        return None
+
     def ask(
         self,
         account: str,
         usd: Decimal,
         tokens: int,
         at: datetime,
-        own_key: bool,
+        keys: tuple[int, ...],
         approved: bool,
         user_tier: str | None,
     ) -> tuple[str | None, dict[str, tuple[Any, Any, Any]], datetime]:
@@ -171,13 +229,16 @@ class Model:
         figures = self.figures(account, tier, at)
         if who.stopped:
             return "account_stopped", figures, at
-        if self.system_stopped and not own_key:
+        if self.system_stopped and not keys:
             return "system_stopped", figures, at
         if usd > EMERGENCY:
             return "emergency_request", figures, at
+        full = self.full_budget(account, keys, usd, at)
+        if full is not None:
+            return full, figures, at
         for name, (measure, _) in KINDS.items():
             limit, spent, held = figures[name]
-            if limit is None or (measure == "usd" and own_key):
+            if limit is None or (measure == "usd" and keys):
                 continue
             asked = {"usd": usd, "tokens": tokens, "requests": 1}[measure]
             if spent + held + asked > limit:
@@ -186,7 +247,7 @@ class Model:
         threshold = row["approval_threshold_usd"]
         if threshold is None and row["usd_per_request"] is not None:
             threshold = row["usd_per_request"] / 2
-        if threshold is not None and usd > threshold and not approved and not own_key:
+        if threshold is not None and usd > threshold and not approved and not keys:
             return "approval_required", figures, at
         return None, figures, at
 
@@ -196,18 +257,31 @@ class Model:
         who = self.accounts[hold.account]
         who.minute = start_of("minute", hold.at)
         warnings = []
+        cell: tuple[Any, ...]
         for name, (limit, spent, held) in self.figures(hold.account, tier, hold.at).items():
             window = KINDS[name][1]
-            if window == "request" or not limit:
-                continue
-            reached = [
-                percent for percent in (50, 80, 100) if (spent + held) * 100 >= percent * limit
-            ]
-            cell = (name, start_of(window, hold.at))
-            if len(reached) > who.warned.get(cell, 0):
-                who.warned[cell] = len(reached)
-                warnings.append((name, reached[-1]))
+            if window != "request":
+                cell = (name, start_of(window, hold.at))
+                warnings += [(name, new) for new in warning(who, cell, limit, spent + held)]
+        for key in hold.keys:
+            states = self.budget(hold.account, key, hold.at)
+            for (limit, spent, held), window in zip(states, BUDGET_WINDOWS, strict=True):
+                cell = (key, window, start_of(window, hold.at))
+                new = warning(who, cell, limit, spent + held)
+                warnings += [(f"own_usd_per_{window}", percent) for percent in new]
         return warnings
+
+    def set_budget(
+        self, account: str, key: int, limits: tuple[Decimal | None, Decimal | None]
+    ) -> None:
+        """What was warned of under another limit will be warned of again."""
+        warned = self.accounts[account].warned
+        pairs = zip(BUDGET_WINDOWS, self.budgets[account, key], limits, strict=True)
+        for window, before, now in pairs:
+            if before != now:
+                for cell in [cell for cell in warned if cell[:2] == (key, window)]:
+                    del warned[cell]
+        self.budgets[account, key] = limits
 
     def spent_in_hour(self, account: str, hour: datetime) -> Decimal:
         return sum(
@@ -221,11 +295,20 @@ class Model:
             Decimal(0),
         )
 
-    def end(self, hold: ModelHold, state: str, usd: Decimal, tokens: int) -> None:
+    def end(
+        self,
+        hold: ModelHold,
+        state: str,
+        usd: Decimal,
+        tokens: int,
+        by_key: dict[int, Decimal] | None = None,
+    ) -> None:
         hour = start_of("hour", hold.at)
         before = self.spent_in_hour(hold.account, hour)
         hold.state, hold.unreported = state, state == "expired"
         hold.charged_usd, hold.charged_tokens = usd, tokens
+        # Silence is charged to the chosen model's key.
+        hold.charged_by = dict.fromkeys(hold.keys[:1], usd) if by_key is None else by_key
         now = self.spent_in_hour(hold.account, hour)
         for accepted in (self.accepted, self.accepted_by_system):
             if (hold.account, hour) in accepted:
@@ -253,6 +336,15 @@ class Model:
         return {start_of("hour", hold.at) for hold in self.holds.values() if hold.state != "open"}
 
 
+def warning(who: ModelAccount, cell: Any, limit: Any, used: Any) -> list[int]:
+    """The percent to warn of, if it is news in its window."""
+    reached = [percent for percent in (50, 80, 100) if limit and used * 100 >= percent * limit]
+    if len(reached) <= who.warned.get(cell, 0):
+        return []
+    who.warned[cell] = len(reached)
+    return reached[-1:]
+
+
 # Amounts that meet limits and thresholds exactly, and some with more places than are kept.
 AMOUNTS = st.one_of(
     st.sampled_from([Decimal(n) for n in ("0", "0.5", "1", "1.0000000001", "1.5", "2", "3", "4")]),
@@ -263,8 +355,8 @@ JUMPS = st.one_of(
     st.integers(0, 20_000).map(lambda ms: timedelta(milliseconds=ms)),
     st.sampled_from([timedelta(seconds=-1), timedelta(seconds=-90), timedelta(minutes=-61)]),
     st.sampled_from(["minute", "hour", "day", "before minute", "before hour", "before day"]),
+    st.sampled_from(["minute", "day", "before day", "month", "before month"]),
 )
-LENGTH = {"minute": timedelta(minutes=1), "hour": timedelta(hours=1), "day": timedelta(days=1)}
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -284,7 +376,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model = Model(
             {code: dict(limits) for code, limits in TIERS.items()},
             {name: ModelAccount(t) for name, t in zip(ACCOUNTS, tiers, strict=True)},
+            dict(BUDGETS),
         )
+        self.budget_ids = {cell: uuid4() for cell in BUDGETS}
+        for account, key in BUDGETS:
+            self.set_budget(account, key)
         self.now = BEGIN
         self.asked: dict[str, Any] = {}
 
@@ -301,7 +397,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.now += jump
         else:
             window = jump.removeprefix("before ")
-            end = start_of(window, self.now) + LENGTH[window]
+            end = end_of(window, self.now)
             self.now = end - timedelta(microseconds=1) if "before" in jump else end
 
     # --- Requests ---
@@ -317,7 +413,7 @@ class LedgerMachine(RuleBasedStateMachine):
         account=st.sampled_from(ACCOUNTS),
         usd=AMOUNTS,
         tokens=TOKENS,
-        own_key=st.sampled_from([False, False, False, True]),
+        keys=st.sampled_from([(), (), (), (0,), (1,), (0, 1), (1, 0)]),
         approved=st.sampled_from([True, True, False]),
         user_tier=st.sampled_from([None, None, None, *TIERS]),
         ttl=st.sampled_from([timedelta(seconds=30), timedelta(minutes=15), timedelta(hours=2)]),
@@ -333,7 +429,7 @@ class LedgerMachine(RuleBasedStateMachine):
         account: str,
         usd: Decimal,
         tokens: int,
-        own_key: bool,
+        keys: tuple[int, ...],
         approved: bool,
         user_tier: str | None,
         ttl: timedelta,
@@ -343,7 +439,7 @@ class LedgerMachine(RuleBasedStateMachine):
             usd,
             tokens,
             at=self.now,
-            own_key=own_key,
+            budgets=[self.budget_ids[account, key] for key in keys],
             approved=approved,
             user_tier=user_tier,
             ttl=ttl,
@@ -351,7 +447,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         usd = usd.quantize(Decimal("1e-10"), ROUND_CEILING)
         refused_by, figures, at = self.model.ask(
-            account, usd, tokens, self.now, own_key, approved, user_tier
+            account, usd, tokens, self.now, keys, approved, user_tier
         )
         assert result.at == at
         event(f"asked: {refused_by or 'admitted'}")
@@ -359,23 +455,43 @@ class LedgerMachine(RuleBasedStateMachine):
             assert isinstance(result, Refused), f"the model refuses by {refused_by}"
             assert result.rule == refused_by
             assert shown(result.limits) == figures
+            self.budgets_are_the_models(result.budgets, account, keys, at)
             return None
         assert isinstance(result, Placed), f"refused by {result.rule}, which the model admits"
         who = self.model.accounts[account]
         tier = min({who.tier, user_tier or who.tier}, key=lambda code: RANK[code])
-        hold = ModelHold(account, own_key, usd, tokens, at, at + ttl)
+        hold = ModelHold(account, keys, usd, tokens, at, at + ttl)
         if dry_run:
             for name, (limit, spent, held) in shown(result.limits).items():
-                counted = {"usd": usd * (not own_key), "tokens": tokens, "requests": 1}
+                counted = {"usd": usd * (not keys), "tokens": tokens, "requests": 1}
                 measure, window = KINDS[name]
                 more = counted[measure] if window != "request" else 0
                 assert (limit, spent + held) == (figures[name][0], sum(figures[name][1:]) + more)
+            self.budgets_are_the_models(result.budgets, account, keys, at, more=usd)
             return None
         warnings = self.model.place(hold_id, hold, tier)
         assert shown(result.limits) == self.model.figures(account, tier, at)
         assert [(w["limit"], w["percent"]) for w in result.warnings] == warnings
         assert result.expires_at == at + ttl
+        self.budgets_are_the_models(result.budgets, account, keys, at)
         return hold_id
+
+    def budgets_are_the_models(
+        self,
+        states: tuple[BudgetState, ...],
+        account: str,
+        keys: tuple[int, ...],
+        at: datetime,
+        more: Decimal = Decimal(0),
+    ) -> None:
+        assert [state.id for state in states] == [self.budget_ids[account, key] for key in keys]
+        for state, key in zip(states, keys, strict=True):
+            told = [(one.limit, one.spent, one.held) for one in state.limits]
+            true = self.model.budget(account, key, at)
+            assert told == [(limit, spent, held + more) for limit, spent, held in true]
+            assert [one.resets_at for one in state.limits] == [
+                end_of(window, at) for window in BUDGET_WINDOWS
+            ]
 
     # --- Ends ---
 
@@ -384,15 +500,18 @@ class LedgerMachine(RuleBasedStateMachine):
         verb=st.sampled_from(["settle", "settle", "release"]),
         cost=st.one_of(st.sampled_from(["as held", "0.3", "2", "0"]), AMOUNTS),
         tokens=TOKENS,
+        share=st.sampled_from(["1", "0", "0.5", "0.3"]).map(Decimal),
     )
-    def reports(self, hold_id: UUID, verb: str, cost: str | Decimal, tokens: int) -> None:
+    def reports(
+        self, hold_id: UUID, verb: str, cost: str | Decimal, tokens: int, share: Decimal
+    ) -> None:
         hold = self.model.holds[hold_id]
         if cost == "as held":
-            self.report(verb, hold_id, hold.usd, hold.tokens)
+            self.report(verb, hold_id, hold.usd, hold.tokens, share)
         elif isinstance(cost, str):
-            self.report(verb, hold_id, hold.usd * Decimal(cost), tokens)
+            self.report(verb, hold_id, hold.usd * Decimal(cost), tokens, share)
         else:
-            self.report(verb, hold_id, cost, tokens)
+            self.report(verb, hold_id, cost, tokens, share)
 
     @rule(account=st.sampled_from(ACCOUNTS))
     def settles_all_that_is_open(self, account: str) -> None:
@@ -400,20 +519,41 @@ class LedgerMachine(RuleBasedStateMachine):
             if hold.account == account and hold.state == "open":
                 self.report("settle", hold_id, hold.usd, hold.tokens)
 
-    def report(self, verb: str, hold_id: UUID, usd: Decimal, tokens: int) -> None:
+    def report(
+        self,
+        verb: str,
+        hold_id: UUID,
+        usd: Decimal,
+        tokens: int,
+        share: Decimal = Decimal(1),
+    ) -> None:
+        """``share`` of it was spent on the chosen model's key, the rest on the last one."""
         hold = self.model.holds[hold_id]
-        ended = getattr(self.purses[hold.account], verb)(hold_id, usd, tokens, at=self.now)
+        spent = dict.fromkeys(hold.keys, usd)
+        if len(hold.keys) > 1:
+            first, last = hold.keys
+            spent = {first: usd * share, last: usd - usd * share}
+        spent_by = {str(self.budget_ids[hold.account, key]): part for key, part in spent.items()}
+        how = {"own_key": True, "spent_by": spent_by} if hold.keys else {}
+        report = getattr(self.purses[hold.account], verb)
+        ended = report(hold_id, usd, tokens, at=self.now, **how)
         event(f"{verb} of what was {hold.state}")
         if hold.state in ("settled", "released"):
             assert ended is None, "it ended a second time"
             return
-        cost = usd.quantize(Decimal("1e-10"), ROUND_HALF_EVEN)
-        self.model.end(hold, "settled" if verb == "settle" else "released", cost, tokens)
+        quantum = Decimal("1e-10")
+        cost = usd.quantize(quantum, ROUND_HALF_EVEN)
+        by_key = {key: part.quantize(quantum, ROUND_HALF_EVEN) for key, part in spent.items()}
+        if by_key:
+            cost = sum(by_key.values(), Decimal(0))
+        self.model.end(hold, "settled" if verb == "settle" else "released", cost, tokens, by_key)
         assert ended is not None
         assert (ended.charged_usd, ended.overrun) == (cost, cost > hold.usd)
         who = self.model.accounts[hold.account]
         at = max(self.now, hold.at, who.minute)
         assert shown(ended.limits) == self.model.figures(hold.account, who.tier, at)
+        claimed = claimed_by(hold_id, at, ended=True)
+        self.budgets_are_the_models(claimed, hold.account, hold.keys, at)
 
     @rule(hold_id=holds)
     def expires_if_overdue(self, hold_id: UUID) -> None:
@@ -460,6 +600,27 @@ class LedgerMachine(RuleBasedStateMachine):
             value = {"none": None, "same": value, "double": value * 2, "zero": value * 0}[factor]
         Tier.objects.filter(code=code).update(**{name: value})
         self.model.tiers[code][name] = value
+
+    @rule(
+        cell=st.sampled_from(list(BUDGETS)),
+        factors=st.tuples(*[st.sampled_from(["none", "same", "same", "double", "zero"])] * 2),
+    )
+    def an_account_edits_a_budget(self, cell: tuple[str, int], factors: tuple[str, str]) -> None:
+        day, month = (
+            limit and {"none": None, "same": limit, "double": limit * 2, "zero": limit * 0}[factor]
+            for limit, factor in zip(BUDGETS[cell], factors, strict=True)
+        )
+        self.model.set_budget(*cell, (day, month))
+        self.set_budget(*cell)
+
+    def set_budget(self, account: str, key: int) -> None:
+        day, month = self.model.budgets[account, key]
+        budget_set(
+            self.budget_ids[account, key],
+            self.purses[account].id,
+            usd_per_day=day,
+            usd_per_month=month,
+        )
 
     @precondition(lambda self: self.model.system_stopped or self.stopped())
     @rule()
@@ -538,6 +699,16 @@ class LedgerMachine(RuleBasedStateMachine):
                 hold.charged_tokens,
             )
             for key, hold in self.model.holds.items()
+        }
+        assert {
+            (claim.hold_id, claim.position, claim.budget_id): claim.charged_usd
+            for claim in Claim.objects.all()
+        } == {
+            (hold_id, position, self.budget_ids[hold.account, key]): hold.charged_by.get(
+                key, Decimal(0)
+            )
+            for hold_id, hold in self.model.holds.items()
+            for position, key in enumerate(hold.keys)
         }
 
 
