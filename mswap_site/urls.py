@@ -6,6 +6,8 @@ from mswap_site import errors
 urlpatterns = [
     path("admin/", admin.site.urls),
     path("api/", include("mswap_site.api_urls")),
+    path("accounts/", include("allauth.urls")),
+    path("", include("mswap_site.page_urls")),
 ]
 handler400 = errors.bad_request
 handler404 = errors.not_found

@@ -14,6 +14,7 @@ from rest_framework.request import Request
 
 from billing.ledger_sql import EFFECTIVE_TIER, counters_array, rolled_over
 from billing.limits import LIMITS, LimitStates
+from billing.sql import Statement
 from mswap_site.errors import Forbidden, NotAuthenticated, NotFound
 
 TIER_AND_COUNTERS = f"""
@@ -111,3 +112,14 @@ def caller_of(request: Request) -> Caller:
 def named_account(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of ACCOUNT_CONTEXT from what a request names."""
     return {"user_id": None, "user_tier": None, "idempotency_key": None, **params}
+
+
+ACCOUNT_ROW = Statement(
+    "SELECT c.* FROM (SELECT %(account)s::bigint AS account_id) k"
+    f" JOIN LATERAL ({ACCOUNT_CONTEXT}) c ON true"
+)
+
+
+def account_row(account_id: int) -> Any:
+    """The row of ACCOUNT_CONTEXT for an account, for pages."""
+    return ACCOUNT_ROW.one({**named_account({}), "account": account_id}, retry=True)

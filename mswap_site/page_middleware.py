@@ -1,0 +1,29 @@
+"""Middleware for pages. The API goes past it: it needs none of this, and its time is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from csp.middleware import CSPMiddleware
+from django.http import HttpRequest, HttpResponseBase
+from django_htmx.middleware import HtmxMiddleware
+
+GetResponse = Callable[[HttpRequest], HttpResponseBase]
+
+
+def for_pages(
+    middleware: Callable[[GetResponse], GetResponse],
+) -> Callable[[GetResponse], GetResponse]:
+    def make(get_response: GetResponse) -> GetResponse:
+        inner = middleware(get_response)
+
+        def handle(request: HttpRequest) -> HttpResponseBase:
+            return (get_response if request.path.startswith("/api/") else inner)(request)
+
+        return handle
+
+    return make
+
+
+htmx = for_pages(HtmxMiddleware)
+content_security_policy = for_pages(CSPMiddleware)
