@@ -145,6 +145,14 @@ class LimitStates(dict[str, LimitState]):
             if s.kind.measure == "usd" and s.kind.window != "request"
         )
 
+    def day_pace(self, at: datetime) -> float:
+        """Spending on system keys over what the UTC day so far allows, if spread evenly: above 1
+        it runs ahead. The first hour's share is there from midnight on."""
+        day = self["usd_per_day"]
+        assert day.resets_at is not None
+        left = (day.resets_at - at) / LENGTHS["day"]
+        return day.utilisation / max(1 - left, 1 / 24)
+
     def as_json(self) -> dict[str, Any]:
         return {name: state.as_json() for name, state in self.items()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pghistory
 from django.conf import settings
@@ -90,6 +91,51 @@ class Account(models.Model):
 
     def __str__(self) -> str:
         return self.external_id
+
+    @property
+    def settings(self) -> AccountSettings:
+        """What its owner chose, or the defaults (not saved)."""
+        return getattr(self, "saved_settings", None) or AccountSettings(account=self)
+
+
+class AccountSettings(models.Model):
+    """What an account's owner chose on the settings page; made when first saved."""
+
+    class Preference(models.TextChoices):
+        CHEAPER = "cheaper", "Cheaper"
+        BALANCED = "balanced", "Balanced"
+        BETTER = "better", "Better"
+        FASTER = "faster", "Faster"
+
+    class Theme(models.TextChoices):
+        SYSTEM = "system", "As the device"
+        LIGHT = "light", "Light"
+        DARK = "dark", "Dark"
+
+    account = models.OneToOneField(
+        Account, primary_key=True, on_delete=models.CASCADE, related_name="saved_settings"
+    )
+    time_zone = models.CharField(max_length=64, default="UTC")
+    preference = models.CharField(
+        max_length=8, choices=Preference.choices, default=Preference.BALANCED
+    )
+    pacing = models.BooleanField(
+        default=False, help_text="Cost weighs more while spending runs ahead of the day."
+    )
+    alert_emails = models.BooleanField(default=True)
+    webhook_url = models.CharField(max_length=2048, blank=True, default="")
+    webhook_nonce = models.CharField(
+        max_length=32, blank=True, default="", help_text="The secret is derived from it."
+    )
+    theme = models.CharField(max_length=6, choices=Theme.choices, default=Theme.SYSTEM)
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """UTC where this server does not know the zone (any more)."""
+        try:
+            return ZoneInfo(self.time_zone)
+        except (ZoneInfoNotFoundError, ValueError):
+            return ZoneInfo("UTC")
 
 
 class Meter(models.Model):
@@ -311,3 +357,33 @@ class BreakerTrip(models.Model):
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("Trips are written by billing.ledger only.")
+
+
+class Alert(models.Model):
+    """One warning to an account's owner, outside of the pages: by e-mail and webhook, once."""
+
+    account = models.ForeignKey(
+        Account, on_delete=models.CASCADE, related_name="alerts", db_index=False
+    )
+    limit = models.CharField(max_length=30, help_text="A limit's name, or emergency_stop.")
+    level = models.SmallIntegerField(help_text="As the meter's *_warned: 1 to 3.")
+    window_start = models.DateTimeField()
+    raised_at = models.DateTimeField(db_default=Now())
+    due_at = models.DateTimeField(
+        null=True, db_default=Now(), help_text="Next attempt; empty: delivered or given up."
+    )
+    attempts = models.SmallIntegerField(default=0, db_default=0)
+    mailed_at = models.DateTimeField(null=True)
+    posted_at = models.DateTimeField(null=True)
+    problem = models.CharField(max_length=300, blank=True, default="", db_default="")
+
+    class Meta:
+        ordering = ("-raised_at",)
+        indexes = [
+            models.Index(fields=("due_at",), condition=Q(due_at__isnull=False), name="alert_due"),
+        ]
+        constraints = [
+            models.UniqueConstraint(
+                fields=("account", "limit", "window_start", "level"), name="alert_once"
+            ),
+        ]

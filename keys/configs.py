@@ -88,8 +88,11 @@ def config_get(account_id: int, config_id: UUID) -> Provider:
     return provider
 
 
-def config_create(row: Any, message: ConfigCreate) -> Provider:
-    """Store and check a key. Raises Forbidden, Invalid, or Conflict above KEYS_PER_ACCOUNT."""
+def config_create(row: Any, message: ConfigCreate, *, check: bool = True) -> Provider:
+    """Store and check a key. Raises Forbidden, Invalid, or Conflict above KEYS_PER_ACCOUNT.
+
+    ``check`` False: its check is due, and the caller's next request or the worker does it.
+    """
     values = structs.asdict(message)
     require_full_config(row, values, {})
     check_values(values, message.provider_type)
@@ -110,11 +113,14 @@ def config_create(row: Any, message: ConfigCreate) -> Provider:
         apply(provider, values)
         provider.save(force_insert=True)
         set_budget(provider, values)
-    check_soon(provider)
+    if check:
+        check_soon(provider)
     return config_get(row.account_id, provider.pk)
 
 
-def config_change(row: Any, config_id: UUID, message: ConfigReplace | ConfigChange) -> Provider:
+def config_change(
+    row: Any, config_id: UUID, message: ConfigReplace | ConfigChange, *, check: bool = True
+) -> Provider:
     """Change a config; a new key or address is checked. Raises as config_create does."""
     with transaction.atomic():
         provider = (
@@ -138,7 +144,7 @@ def config_change(row: Any, config_id: UUID, message: ConfigReplace | ConfigChan
         asks_anew = apply(provider, values)
         provider.save()
         set_budget(provider, values)
-    if asks_anew:
+    if asks_anew and check:
         check_soon(provider)
     return config_get(row.account_id, config_id)
 

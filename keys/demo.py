@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from allauth.account.models import EmailAddress
 from django.contrib.auth.models import User
 from django.db import transaction
 from django.utils import timezone
@@ -106,4 +107,8 @@ def demo_user(login: str, passwords: dict[str, str], **flags: bool) -> User:
         passwords[login] = secrets.token_urlsafe(12)
         user.set_password(passwords[login])
         user.save(update_fields=["password"])
+    # A second factor can be set up for a verified address only.
+    EmailAddress.objects.update_or_create(
+        user=user, email=login, defaults={"verified": True, "primary": True}
+    )
     return user

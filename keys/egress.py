@@ -242,9 +242,33 @@ def get(
     url: str, headers: Mapping[str, str], *, deadline: float, max_bytes: int = MAX_BYTES
 ) -> Answer:
     """GET ``url``; all of it is over by ``deadline`` (of time.monotonic). Raises EgressError."""
+    return _call("GET", url, headers, b"", deadline, max_bytes)
+
+
+def post(
+    url: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    deadline: float,
+    max_bytes: int = MAX_BYTES,
+) -> Answer:
+    """POST ``body`` to ``url``, under the same rules as ``get``. Raises EgressError."""
+    length = {"content-length": str(len(body))}
+    return _call("POST", url, {**headers, **length}, body, deadline, max_bytes)
+
+
+def _call(
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    deadline: float,
+    max_bytes: int,
+) -> Answer:
     target = check_url(url)
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEADER_BYTES)
-    request = _request(connection, target, headers)
+    request = _request(connection, method, target, headers, body)
     try:
         with _connect(target, deadline) as tcp, _secured(tcp, target, deadline) as sock:
             sock.settimeout(_left(deadline))
@@ -275,16 +299,24 @@ def _left(deadline: float) -> float:
     return seconds
 
 
-def _request(connection: h11.Connection, target: Target, headers: Mapping[str, str]) -> bytes:
+def _request(
+    connection: h11.Connection,
+    method: str,
+    target: Target,
+    headers: Mapping[str, str],
+    body: bytes,
+) -> bytes:
     ours = {"host": target.authority, "accept-encoding": "identity", "connection": "close"}
     theirs = {name.lower(): value for name, value in headers.items()}
     try:
         event = h11.Request(
-            method="GET",
+            method=method,
             target=target.path,
             headers=list(({"user-agent": "ModelSwapper"} | theirs | ours).items()),
         )
-        return (connection.send(event) or b"") + (connection.send(h11.EndOfMessage()) or b"")
+        content = [h11.Data(body)] if body else []
+        parts = [connection.send(part) for part in (event, *content, h11.EndOfMessage())]
+        return b"".join(part or b"" for part in parts)
     except (h11.LocalProtocolError, UnicodeError):
         pass
     # Outside, because those errors quote the header, which is a key.

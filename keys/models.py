@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pgtrigger
 from django.contrib.postgres.fields import ArrayField
 from django.db import models
+from django.db.models import Case, F, Q, When
 from django.db.models.functions import Now
+from django.utils import timezone
 
 from billing.models import Account, Hold
 from swapper.models import Provider
+
+
+class TokenQuerySet(models.QuerySet["AccessToken"]):
+    def live_first(self) -> TokenQuerySet:
+        """Those that work, then those that ended; each newest first."""
+        ended = Q(revoked_at__isnull=False) | Q(expires_at__lte=Now())
+        return self.annotate(ended=Case(When(ended, then=1), default=0)).order_by(
+            "ended", "-created_at"
+        )
 
 
 class AccessToken(models.Model):
@@ -39,11 +52,25 @@ class AccessToken(models.Model):
     last_used_at = models.DateTimeField(null=True, editable=False)
     revoked_at = models.DateTimeField(null=True, editable=False)
 
+    objects = TokenQuerySet.as_manager()
+
     class Meta:
         ordering = ("-created_at",)
 
     def __str__(self) -> str:
         return f"{self.name} (msw_{self.prefix}_…)"
+
+    @property
+    def state(self) -> Literal["active", "expired", "revoked"]:
+        if self.revoked_at is not None:
+            return "revoked"
+        expired = self.expires_at is not None and self.expires_at <= timezone.now()
+        return "expired" if expired else "active"
+
+    @property
+    def scopes_in_words(self) -> list[tuple[str, str]]:
+        """(scope, what it allows)."""
+        return [(scope, self.Scope(scope).label) for scope in self.scopes]
 
 
 @pgtrigger.register(
@@ -55,13 +82,17 @@ class Lending(models.Model):
     at = models.DateTimeField(db_default=Now())
     hold = models.ForeignKey(Hold, on_delete=models.PROTECT, related_name="lendings")
     account = models.ForeignKey(Account, on_delete=models.PROTECT, related_name="lendings")
-    provider = models.ForeignKey(Provider, on_delete=models.PROTECT, related_name="lendings")
+    provider = models.ForeignKey(
+        Provider, on_delete=models.PROTECT, related_name="lendings", db_index=False
+    )
     own_key = models.BooleanField()
     token = models.ForeignKey(AccessToken, on_delete=models.PROTECT, related_name="lendings")
     remote_address = models.GenericIPAddressField(null=True)
 
     class Meta:
         ordering = ("-at",)
+        # A key's page shows its last ones, and when it was last used.
+        indexes = [models.Index(F("provider"), F("at").desc(), name="lending_provider_at")]
 
     def __str__(self) -> str:
         return f"{self.provider} to {self.token} at {self.at:%Y-%m-%d %H:%M:%S}"

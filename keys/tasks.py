@@ -6,7 +6,8 @@ from celery import shared_task
 from django.conf import settings
 from django.core.mail import send_mail
 
-from keys import checks
+from billing.alerts import claim_due, raise_alerts
+from keys import alerts, checks
 
 # What a sweep takes: a day's sweeps are enough for every key of a large installation.
 BATCH = 500
@@ -43,3 +44,18 @@ def tell_owners() -> int:
             fail_silently=True,
         )
     return len(told)
+
+
+@shared_task
+def tell_limits() -> int:
+    """Note what limits and stops their owners must hear of, and hand out what is due."""
+    raise_alerts()
+    ids = claim_due(BATCH)
+    for alert_id in ids:
+        deliver_alert.delay(alert_id)
+    return len(ids)
+
+
+@shared_task
+def deliver_alert(alert_id: int) -> None:
+    alerts.deliver(alert_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from csp.middleware import CSPMiddleware
 from django.http import HttpRequest, HttpResponseBase
@@ -11,9 +12,7 @@ from django_htmx.middleware import HtmxMiddleware
 GetResponse = Callable[[HttpRequest], HttpResponseBase]
 
 
-def for_pages(
-    middleware: Callable[[GetResponse], GetResponse],
-) -> Callable[[GetResponse], GetResponse]:
+def for_pages(middleware: Callable[[Any], Any]) -> Callable[[GetResponse], GetResponse]:
     def make(get_response: GetResponse) -> GetResponse:
         inner = middleware(get_response)
 

@@ -153,6 +153,8 @@ KEYS_PER_ACCOUNT = env.int("KEYS_PER_ACCOUNT", default=20)
 # --- E-mail --------------------------------------------------------------------------------
 # "smtp+tls://user:password@host:587"; without it mails go to the log of the process.
 vars().update(env.email_url("EMAIL_URL", default="consolemail://"))
+# The address of these pages, for links in mails that no request leads to.
+SITE_URL = env.str("SITE_URL", default="")
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL", default="ModelSwapper <noreply@localhost>")
 
 # --- Sign-in (django-allauth) --------------------------------------------------------------
@@ -167,6 +169,7 @@ ACCOUNT_USER_MODEL_USERNAME_FIELD = "username"
 # With an address that is known already nothing else happens on the page, and a mail says so.
 ACCOUNT_EMAIL_VERIFICATION = env.str("EMAIL_VERIFICATION", default="optional")
 ACCOUNT_PREVENT_ENUMERATION = True
+ACCOUNT_EMAIL_SUBJECT_PREFIX = ""
 ACCOUNT_SIGNUP_ENABLED = env.bool("SIGNUP_ENABLED", default=True)
 # Touching a key, a token or an emergency stop asks for the password again after this long.
 ACCOUNT_REAUTHENTICATION_TIMEOUT = env.int("REAUTHENTICATION_SECONDS", default=300)
@@ -192,6 +195,8 @@ SOCIALACCOUNT_PROVIDERS = {
         else []
     }
 }
+# Where the browser may send a form on to.
+OIDC_ORIGIN = "/".join(env.str("OIDC_SERVER_URL", default="").split("/")[:3])
 # Attempts to sign in are counted here; processes must share it.
 CACHES = {"default": env.cache_url("CACHE_URL", default=f"filecache://{DATA_DIR}/cache")}
 
@@ -204,7 +209,7 @@ CONTENT_SECURITY_POLICY = {
         "img-src": ["'self'", "data:"],
         "font-src": ["'self'"],
         "connect-src": ["'self'"],
-        "form-action": ["'self'"],
+        "form-action": ["'self'", *filter(None, [OIDC_ORIGIN])],
         "frame-ancestors": ["'none'"],
         "base-uri": ["'none'"],
     }
@@ -286,6 +291,11 @@ CELERY_BEAT_SCHEDULE = {
         "task": "keys.tasks.tell_owners",
         "schedule": schedule(timedelta(seconds=60)),
         "options": {"expires": 60},
+    },
+    "tell-limits": {
+        "task": "keys.tasks.tell_limits",
+        "schedule": schedule(timedelta(seconds=15)),
+        "options": {"expires": 30},
     },
 }
 

@@ -160,8 +160,8 @@ class Usage(JsonView):
         )
         if output == "csv":
             group = group_by or "day"
-            text = totals.as_csv(totals.grouped(row.account_id, period, group), group)
-            response = HttpResponse(text, content_type="text/csv; charset=utf-8")
+            lines = totals.grouped_lines(totals.sums_by(row.account_id, period, group), group)
+            response = HttpResponse("".join(lines), content_type="text/csv; charset=utf-8")
             response["Content-Disposition"] = f'attachment; filename="usage-by-{group}.csv"'
             return response
         return json_response(

@@ -48,6 +48,8 @@ class Asking:
             **{
                 "max_price_per_1k": row.max_price_per_1k_usd,
                 "money_utilisation": self.limits.money_utilisation,
+                "preference": row.preference,
+                "pace": self.limits.day_pace(row.read_at) if row.pacing else 0.0,
                 **how,
             },
         )

@@ -22,6 +22,7 @@ TIER_AND_COUNTERS = f"""
     t.max_price_per_1k_usd, t.own_keys, t.full_provider_config,
     COALESCE(t.approval_threshold_usd, t.usd_per_request / 2) AS approval_threshold_usd,
     m.stopped_at, s.at AS read_at,
+    COALESCE(o.preference, 'balanced') AS preference, COALESCE(o.pacing, false) AS pacing,
     {counters_array("s")} AS counters
 """
 METER = f"""
@@ -40,6 +41,7 @@ ACCOUNT_CONTEXT = f"""
     FROM billing_account a
     {EFFECTIVE_TIER}
     {METER}
+    LEFT JOIN billing_accountsettings o ON o.account_id = a.id
     LEFT JOIN billing_hold h
         ON h.account_id = a.id AND h.idempotency_key = %(idempotency_key)s::text
     WHERE a.id = COALESCE(k.account_id,

@@ -9,6 +9,7 @@ from datetime import datetime
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import Any
+from uuid import UUID
 
 import msgspec
 from django.conf import settings
@@ -112,6 +113,11 @@ def notices(account_id: int) -> list[dict[str, Any]]:
     ]
 
 
+def names(account_id: int) -> dict[UUID, str]:
+    """The account's own providers by id, those that it deleted too: they have spent."""
+    return dict(Provider.objects.filter(account_id=account_id).values_list("id", "name"))
+
+
 def may_work(provider: Provider, *, full_config: bool) -> bool:
     """Whether the key is not known to be bad, and the tier may use the provider's address."""
     return provider.key_state not in UNUSABLE_KEY and (full_config or not provider.base_url)
@@ -142,7 +148,7 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
                 own_keys=own.as_json(),
             )
         )
-    query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation)
+    query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation, pace=0.0)
     ranking = selection.rank(own.table, query)
     if not len(ranking):
         excluded = dict(own.excluded + Counter(ranking.excluded))

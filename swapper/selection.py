@@ -8,7 +8,7 @@ amount that is answered or held is computed exactly by ``pricing``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from swapper import pricing
 
 Priority = Literal["low", "medium", "high", "critical"]
+# What an account chose for all of its requests.
+Preference = Literal["cheaper", "balanced", "better", "faster"]
 
 FALLBACKS = 3
 # A fallback may raise the hold to at most this multiple of the chosen model's estimate, or to
@@ -39,6 +41,15 @@ class Weights:
     cost: float
     latency: float
 
+    def leaning(self, preference: Preference) -> Weights:
+        """Twice as much of what the account prefers, compared with the rest."""
+        part = LEANS.get(preference)
+        if part is None:
+            return self
+        more = replace(self, **{part: 2 * getattr(self, part)})
+        total = more.reliability + more.cost + more.latency
+        return Weights(more.reliability / total, more.cost / total, more.latency / total)
+
     def under_pressure(self, utilisation: float) -> Weights:
         """Shift towards cost from 80 % of a money limit on; at 100 % only cost counts."""
         share = min(1.0, max(0.0, (utilisation - PRESSURE_FROM) / (1 - PRESSURE_FROM)))
@@ -54,6 +65,7 @@ WEIGHTS: dict[Priority, Weights] = {
     "high": Weights(reliability=0.60, cost=0.12, latency=0.28),
     "critical": Weights(reliability=0.78, cost=0.02, latency=0.20),
 }
+LEANS: dict[Preference, str] = {"cheaper": "cost", "better": "reliability", "faster": "latency"}
 # Where a part of the score is one half: reliability runs from 0.90 (0) to 1 (1); cost is halved
 # at 0.2 cents per 1,000 tokens, latency at one second.
 RELIABILITY_FLOOR = 0.90
@@ -169,6 +181,14 @@ class Query:
     max_cost: Decimal | None = None
     max_price_per_1k: Decimal | None = None
     money_utilisation: float = 0.0
+    preference: Preference = "balanced"
+    # The account paces itself: spending over what the day so far allows; above 1 it runs ahead.
+    pace: float = 0.0
+
+    @property
+    def pressure(self) -> float:
+        """What shifts the weights towards cost: being on pace counts as PRESSURE_FROM."""
+        return max(self.money_utilisation, PRESSURE_FROM * self.pace)
 
     @property
     def tokens(self) -> int:
@@ -373,7 +393,7 @@ def rank(table: Table, query: Query) -> Ranking:
     if query.max_cost is not None:
         keep("max_cost", costs <= float(query.max_cost) * (1 + 1e-9))
 
-    weights = WEIGHTS[query.priority].under_pressure(query.money_utilisation)
+    weights = WEIGHTS[query.priority].leaning(query.preference).under_pressure(query.pressure)
     preference = table.priority_part
     if query.preferred_providers:
         preference = preference + PREFERRED_BONUS * table.of_providers(query.preferred_providers)
@@ -424,6 +444,10 @@ def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
         text += (
             f" Cost weighs more: {ranking.query.money_utilisation:.0%} of a spending limit is used."
         )
+    elif ranking.query.pace > 1:
+        text += " Cost weighs more: spending runs ahead of the day."
+    if ranking.query.preference != "balanced":
+        text += f" The account prefers {ranking.query.preference} models."
     return text
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-import io
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from django.db import connection
 
 from billing.limits import window_start
-from billing.money import plain
+from billing.money import ZERO, plain
 from mswap_site.errors import Invalid
+from swapper.days import Days, Period
 
 GROUPS = {
     "model": ("m.id::text", "m.name"),
@@ -24,8 +26,18 @@ GROUPS = {
         "to_char(u.hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
     ),
 }
+# What the page of activity groups by besides; days are the viewer's there (``by_day``).
+KEY_GROUP = (
+    "CASE WHEN u.own_key THEN 'own' ELSE 'system' END",
+    "CASE WHEN u.own_key THEN 'Own key' ELSE 'System key' END",
+)
+# What tells rows of the same name apart.
+DETAILS = {
+    "model": "p.name || CASE WHEN p.account_id IS NULL THEN '' ELSE ' (own key)' END",
+    "provider": "CASE WHEN p.account_id IS NULL THEN '' ELSE 'own key' END",
+}
 # A spreadsheet takes a cell that begins with one of these for a formula.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 COLUMNS = [
     "calls",
     "successes",
@@ -35,14 +47,6 @@ COLUMNS = [
     "own_key_cost",
     "avg_latency_ms",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Period:
-    """From ``start`` (inclusive) to ``end`` (exclusive), whole UTC hours."""
-
-    start: datetime
-    end: datetime
 
 
 def read_period(start: str | None, end: str | None, now: datetime) -> Period:
@@ -98,53 +102,197 @@ def totals(account_id: int, now: datetime) -> dict[str, dict[str, Any]]:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which usage counts: that of one model, provider, task type, kind of key; None: of any."""
+
+    model: UUID | None = None
+    provider: UUID | None = None
+    task_type: UUID | None = None
+    own_key: bool | None = None
+
+    def sql(self, provider_id: str = "m.provider_id") -> str:
+        """Further conditions on rows ``u`` of the rollup or of usage_logs."""
+        columns = {
+            "model": "u.model_id",
+            "provider": provider_id,
+            "task_type": "u.task_type_id",
+            "own_key": "u.own_key",
+        }
+        return "".join(
+            f" AND {column} = %({name})s"
+            for name, column in columns.items()
+            if getattr(self, name) is not None
+        )
+
+    def params(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSum:
+    """What one group of calls came to. USD; ``latency_ms`` is the sum over the calls."""
+
+    id: str | None
+    name: str
+    detail: str = ""
+    calls: int = 0
+    successes: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: Decimal = ZERO
+    own_key_cost: Decimal = ZERO
+    latency_ms: int = 0
+
+    @classmethod
+    def total(cls, sums: Iterable[UsageSum]) -> UsageSum:
+        rows = list(sums)
+        added = (field.name for field in fields(cls) if field.name not in ("id", "name", "detail"))
+        return cls(None, "Total", **{name: sum(getattr(r, name) for r in rows) for name in added})
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def success_rate(self) -> Decimal | None:
+        """0–1; None without calls."""
+        return Decimal(self.successes) / self.calls if self.calls else None
+
+    @property
+    def avg_latency_ms(self) -> int | None:
+        return self.latency_ms // self.calls if self.calls else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "name": self.name,
+            "calls": self.calls,
+            "successes": self.successes,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cost": plain(self.cost),
+            "own_key_cost": plain(self.own_key_cost),
+            "avg_latency_ms": self.avg_latency_ms,
+        }
+
+
+EVERYTHING = Filters()
+
+
 def grouped(account_id: int, period: Period, group_by: str) -> list[dict[str, Any]]:
     """Calls, tokens, cost (USD) and mean latency of an account by one of GROUPS, dearest first."""
-    key, label = GROUPS[group_by]
-    order = "1" if group_by == "day" else "7 DESC, 2"
+    return [row.as_json() for row in sums_by(account_id, period, group_by)]
+
+
+def sums_by(
+    account_id: int, period: Period, group_by: str, filters: Filters = EVERYTHING
+) -> list[UsageSum]:
+    """The usage of an account by one of GROUPS (days: UTC) or by ``key``, dearest first."""
+    key, label = KEY_GROUP if group_by == "key" else GROUPS[group_by]
+    detail = DETAILS.get(group_by, "''")
+    rows = _sums(account_id, period, f"{key}, {label}, {detail}", filters)
+    if group_by != "day":
+        rows.sort(key=lambda row: (-(row.cost + row.own_key_cost), row.name, row.detail))
+    return rows
+
+
+def by_day(
+    account_id: int, days: Days, filters: Filters = EVERYTHING, *, empty: bool = False
+) -> list[UsageSum]:
+    """The usage of an account by the viewer's days, oldest first; ``empty``: days without too."""
+    rows = _sums(
+        account_id,
+        days.period,
+        "width_bucket(u.hour, %(starts)s::timestamptz[]), '', ''",
+        filters,
+        starts=days.starts,
+    )
+    found = {int(row.id or 0): row for row in rows}
+    return [
+        replace(found.get(bucket, UsageSum(None, "")), id=day.isoformat(), name=day.isoformat())
+        for bucket, day in enumerate(days.dates, start=1)
+        if empty or bucket in found
+    ]
+
+
+def _sums(
+    account_id: int, period: Period, columns: str, filters: Filters, **params: Any
+) -> list[UsageSum]:
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
-            SELECT {key}, {label}, sum(u.calls), sum(u.successes), sum(u.prompt_tokens),
+            SELECT {columns}, sum(u.calls), sum(u.successes), sum(u.prompt_tokens),
                 sum(u.completion_tokens),
                 COALESCE(sum(u.cost) FILTER (WHERE NOT u.own_key), 0),
                 COALESCE(sum(u.cost) FILTER (WHERE u.own_key), 0),
-                sum(u.latency_ms) / NULLIF(sum(u.calls), 0)
+                sum(u.latency_ms)
             FROM swapper_usagehour u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
             LEFT JOIN task_types t ON t.id = u.task_type_id
-            WHERE u.account_id = %s AND u.hour >= %s AND u.hour < %s
-            GROUP BY 1, 2 ORDER BY {order}
+            WHERE u.account_id = %(account_id)s AND u.hour >= %(start)s AND u.hour < %(end)s
+                {filters.sql()}
+            GROUP BY 1, 2, 3 ORDER BY 1
             """,
-            [account_id, period.start, period.end],
+            {
+                "account_id": account_id,
+                "start": period.start,
+                "end": period.end,
+                **filters.params(),
+                **params,
+            },
         )
         return [
-            {
-                "id": row[0],
-                "name": row[1] or "(none)",
-                "calls": int(row[2]),
-                "successes": int(row[3]),
-                "prompt_tokens": int(row[4]),
-                "completion_tokens": int(row[5]),
-                "cost": plain(row[6]),
-                "own_key_cost": plain(row[7]),
-                "avg_latency_ms": int(row[8]) if row[8] is not None else None,
-            }
+            UsageSum(
+                id=None if row[0] is None else str(row[0]),
+                name=row[1] or "(none)",
+                detail=row[2],
+                calls=int(row[3]),
+                successes=int(row[4]),
+                prompt_tokens=int(row[5]),
+                completion_tokens=int(row[6]),
+                cost=row[7],
+                own_key_cost=row[8],
+                latency_ms=int(row[9]),
+            )
             for row in cursor.fetchall()
         ]
 
 
-def as_csv(rows: list[dict[str, Any]], group_by: str) -> str:
-    """Exact decimals; a name that a spreadsheet would run as a formula is quoted with ``'``."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow([group_by, "id", *COLUMNS])
+class _Echo:
+    """What ``csv.writer`` writes is given back instead of kept."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def csv_lines(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """A CSV file line by line, as it is made. Amounts are exact, without exponent; times are UTC;
+    a text that a spreadsheet would run as a formula is quoted with ``'``."""
+    writer = csv.writer(_Echo())
+    yield writer.writerow(header)
     for row in rows:
-        name = str(row["name"])
-        safe = "'" + name if name.startswith(FORMULA_STARTS) else name
-        writer.writerow([safe, row["id"], *(row[column] for column in COLUMNS)])
-    return out.getvalue()
+        yield writer.writerow([_cell(value) for value in row])
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return "'" + value if value.startswith(FORMULA_STARTS) else value
+    if isinstance(value, Decimal):
+        return plain(value)
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return value
+
+
+def grouped_lines(sums: Iterable[UsageSum], group_by: str) -> Iterator[str]:
+    """Groups as CSV."""
+    rows = (
+        [row["name"], row["id"], *(row[column] for column in COLUMNS)]
+        for row in (group.as_json() for group in sums)
+    )
+    return csv_lines([group_by, "id", *COLUMNS], rows)
 
 
 def performance(hours: int = 24 * 7) -> dict[tuple[str, str], dict[str, Any]]:

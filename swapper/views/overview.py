@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpResponse
+from django.shortcuts import render
+from django.utils import timezone
 
-from billing.limits import LENGTHS, LimitState, LimitStates
+from billing.budgets import BudgetState, budgets_of
+from billing.limits import LENGTHS, LIMITS, LimitState, LimitStates
 from billing.models import Tier
-from mswap_site.pages import account_page, fragment_or_page
-from swapper import own_keys, totals
+from mswap_site.pages import AccountRequest, account_page, fragment_or_page
+from swapper import history, own_keys, spending, totals
 from swapper.context import account_row
+from swapper.days import Days
+
+WINDOWS = {
+    "day": "Today",
+    "hour": "This hour",
+    "minute": "This minute",
+    "request": "Per request",
+}
+
+ARTICLES = {"day": "a", "hour": "an", "minute": "a", "request": "a"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +61,118 @@ def binding(limits: LimitStates, at: datetime) -> Pace | None:
     return fullest if fullest is not None and fullest.state.utilisation > 0 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The limits of one window, which reset together."""
+
+    window: str
+    title: str
+    states: list[LimitState]
+
+    @property
+    def resets_at(self) -> datetime | None:
+        return self.states[0].resets_at
+
+
+def groups_of(limits: LimitStates) -> Iterator[Group]:
+    """The limits that the tier has, the longest window first."""
+    for window, title in WINDOWS.items():
+        states = [s for s in limits.values() if s.kind.window == window and s.limit is not None]
+        if states:
+            yield Group(window, title, states)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKey:
+    """A key of the account's own with its budget."""
+
+    name: str
+    budget: BudgetState
+
+    @property
+    def used(self) -> bool:
+        return any(state.spent or state.held or state.limit for state in self.budget.limits)
+
+
+def own_keys_of(account_id: int) -> list[OwnKey]:
+    """Every own key that has a budget or spent something, by name."""
+    names = own_keys.names(account_id)
+    keys = [OwnKey(names.get(b.id, "Deleted key"), b) for b in budgets_of(account_id)]
+    return sorted((key for key in keys if key.used), key=lambda key: key.name)
+
+
+@dataclass(frozen=True, slots=True)
+class TierRow:
+    """One line of the comparison: USD, a count, or yes and no; None: no such limit."""
+
+    label: str
+    kind: str
+    here: Any
+    next: Any
+
+
+def tier_rows(tier: Tier, next_tier: Tier | None) -> Iterator[TierRow]:
+    """What ``tier`` allows beside what ``next_tier`` would."""
+    fields: list[tuple[str, str, str]] = [
+        (limit.name, f"{limit.measure} {ARTICLES[limit.window]} {limit.window}", limit.measure)
+        for limit in sorted(LIMITS, key=lambda limit: list(WINDOWS).index(limit.window))
+    ]
+    fields += [
+        ("max_price_per_1k_usd", "dearest model, per 1,000 tokens", "usd"),
+        ("own_keys", "own provider keys", "bool"),
+        ("full_provider_config", "own addresses and model lists", "bool"),
+    ]
+    for name, label, kind in fields:
+        label = label.replace("usd", "USD", 1)
+        yield TierRow(
+            label[0].upper() + label[1:],
+            kind,
+            getattr(tier, name),
+            getattr(next_tier, name) if next_tier else None,
+        )
+
+
 @account_page
-def overview(request: HttpRequest) -> HttpResponse:
-    return fragment_or_page(
-        request, "swapper/overview.html", "swapper/overview_live.html", context_of(request)
-    )
+def overview(request: AccountRequest) -> HttpResponse:
+    context = live(request)
+    if not request.htmx:  # type: ignore[attr-defined]
+        tier = request.account.tier
+        higher = Tier.objects.filter(rank__gt=tier.rank, rank__lt=100).order_by("rank").first()
+        context |= charts(request) | {
+            "next_tier": higher,
+            "tier_rows": list(tier_rows(tier, higher)),
+        }
+    return fragment_or_page(request, "swapper/overview.html", "swapper/overview_live.html", context)
 
 
-def context_of(request: HttpRequest) -> dict[str, Any]:
-    account = request.account  # type: ignore[attr-defined]
+@account_page
+def overview_charts(request: AccountRequest) -> HttpResponse:
+    """The charts' tables anew; what is drawn follows them (static/js/charts.js)."""
+    return render(request, "swapper/overview_charts.html", charts(request))
+
+
+def live(request: AccountRequest) -> dict[str, Any]:
+    account = request.account
     row = account_row(account.pk)
     limits = LimitStates.from_counters(row.counters, row.read_at)
     sums = totals.totals(account.pk, row.read_at)
-    tier = account.tier
     return {
         "at": row.read_at,
-        "limits": [state for state in limits.values() if state.limit is not None],
+        "groups": list(groups_of(limits)),
         "binding": binding(limits, row.read_at),
         "totals": sums,
-        "own_key_spend": Decimal(sums["month"]["own_key_cost"]),
+        "own_key_spend": {name: Decimal(total["own_key_cost"]) for name, total in sums.items()},
+        "own_keys": own_keys_of(account.pk),
         "notices": own_keys.notices(account.pk),
-        "tier": tier,
-        "next_tier": Tier.objects.filter(rank__gt=tier.rank, rank__lt=100).order_by("rank").first(),
+        "recent": history.recent(account.pk),
+    }
+
+
+def charts(request: AccountRequest) -> dict[str, Any]:
+    at, zone = timezone.now(), timezone.get_current_timezone()
+    today, month = Days.today(at, zone), Days.month(at, zone)
+    return {
+        "today": spending.by_hour(request.account.pk, today),
+        "month": spending.by_day(request.account.pk, month),
+        "days": month,
     }

@@ -1,0 +1,387 @@
+"""An account's requests as its pages show them: what was asked, chosen, held, called and charged.
+
+Every read goes by an index of one account's rows; the rollup says which hours are worth a look.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, ClassVar
+from uuid import UUID
+
+import msgspec
+from django.db import connection
+from django.db.models import Count, Sum
+from django.db.models.fields.json import KT
+from django.db.models.query import QuerySet
+
+from billing.limits import window_start
+from billing.models import Hold
+from billing.money import ZERO
+from mswap_site.errors import Invalid
+from swapper import pricing
+from swapper.days import Period
+from swapper.decision import Stored, read_stored
+from swapper.models import Price, UsageLog
+from swapper.selection import PARTS
+from swapper.totals import Filters
+
+RECENT = 10
+SHOWN_HOLDS = 100
+PAGE = 25
+EXPORT_PAGE = 5000
+
+# Only these of a hold's context: the rest of it is large.
+NAMES = {"task": KT("context__task_type"), "model": KT("context__chain__0__name")}
+COLUMNS = (
+    "id", "state", "own_key", "held_usd", "held_tokens", "charged_usd", "admitted_at",
+    "expires_at", "ended_at", "overrun", "unreported",
+)  # fmt: skip
+
+
+def recent(account_id: int) -> QuerySet[Hold]:
+    """The last requests, with ``task`` and ``model`` by name."""
+    return _named(Hold.objects.filter(account_id=account_id).order_by("-admitted_at"))[:RECENT]
+
+
+def open_holds(account_id: int) -> QuerySet[Hold]:
+    """What is held now, the next to expire first, with ``task`` and ``model`` by name."""
+    holds = Hold.objects.filter(account_id=account_id, state=Hold.State.OPEN)
+    return _named(holds.order_by("expires_at", "id"))[:SHOWN_HOLDS]
+
+
+def held_now(account_id: int) -> dict[str, Any]:
+    """How many holds are open, and their sums: USD on system and on own keys, and tokens."""
+    found = (
+        Hold.objects.filter(account_id=account_id, state=Hold.State.OPEN)
+        .values("own_key")
+        .annotate(holds=Count("*"), usd=Sum("held_usd"), tokens=Sum("held_tokens"))
+    )
+    rows = list(found)
+    return {
+        "holds": sum(row["holds"] for row in rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "usd": sum((row["usd"] for row in rows if not row["own_key"]), ZERO),
+        "own_usd": sum((row["usd"] for row in rows if row["own_key"]), ZERO),
+    }
+
+
+def _named(holds: QuerySet[Hold]) -> QuerySet[Hold]:
+    return holds.only(*COLUMNS).annotate(**NAMES)
+
+
+# --- Calls -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A row of usage_logs with names, and when its request was admitted. USD, ms."""
+
+    admitted_at: datetime
+    id: UUID
+    request_id: UUID
+    model: str
+    provider: str
+    task_type: str | None
+    own_key: bool
+    success: bool
+    error_kind: str | None
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    cost: Decimal
+    latency_ms: int
+    unreported: bool
+
+    @property
+    def cursor(self) -> str:
+        """From which the calls before this one are read."""
+        return f"{self.admitted_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z_{self.id}"
+
+    CSV_HEADER: ClassVar = (
+        "time_utc", "request_id", "model", "provider", "task_type", "key", "success",
+        "error_kind", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "cost_usd",
+        "latency_ms", "unreported",
+    )  # fmt: skip
+
+    @property
+    def csv_row(self) -> tuple[Any, ...]:
+        return (
+            self.admitted_at,
+            str(self.request_id),
+            self.model,
+            self.provider,
+            self.task_type or "",
+            "own" if self.own_key else "system",
+            str(self.success).lower(),
+            self.error_kind or "",
+            self.prompt_tokens,
+            self.cached_prompt_tokens,
+            self.completion_tokens,
+            self.cost,
+            self.latency_ms,
+            str(self.unreported).lower(),
+        )
+
+
+def read_cursor(text: str) -> tuple[datetime, UUID]:
+    """Raises Invalid where ``text`` is no cursor of a Call."""
+    moment, _, call_id = text.partition("_")
+    try:
+        at = datetime.fromisoformat(moment)
+        if at.tzinfo is None:
+            raise ValueError("no time zone")
+        return at.astimezone(UTC), UUID(call_id)
+    except (ValueError, OverflowError):
+        raise Invalid("“before” is not a place in this list.", field="before") from None
+
+
+def calls(
+    account_id: int,
+    period: Period,
+    filters: Filters,
+    before: tuple[datetime, UUID] | None = None,
+    limit: int = PAGE,
+) -> list[Call]:
+    """Calls of requests admitted in ``period``, the newest first, from ``before`` on.
+
+    The rollup knows how many match in each hour: the newest hours that have ``limit`` of them,
+    besides what is left of the hour that ``before`` is in, are all that is read.
+    """
+    at, call_id = before or (period.end, UUID(int=0))
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"""
+            WITH by_hour AS (
+                SELECT u.hour, sum(u.calls) FILTER (WHERE u.hour < %(at_hour)s) AS calls
+                FROM swapper_usagehour u JOIN models m ON m.id = u.model_id
+                WHERE u.account_id = %(account_id)s AND u.hour >= %(start)s
+                    AND u.hour < %(end)s AND u.hour <= %(at_hour)s AND u.calls > 0 {filters.sql()}
+                GROUP BY u.hour
+            ), hours AS MATERIALIZED (
+                SELECT hour FROM (
+                    SELECT hour, sum(calls) OVER (
+                        ORDER BY hour DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+                    ) AS newer FROM by_hour
+                ) h WHERE newer IS NULL OR newer < %(limit)s
+            )
+            SELECT h.admitted_at, u.id, h.id, m.name, p.name, t.name, u.own_key, u.success,
+                u.error_kind, u.prompt_tokens, u.cached_prompt_tokens, u.completion_tokens,
+                u.cost, u.latency, u.unreported
+            FROM hours
+            CROSS JOIN LATERAL (
+                SELECT id, admitted_at FROM billing_hold
+                WHERE account_id = %(account_id)s AND admitted_at >= hours.hour
+                    AND admitted_at < hours.hour + interval '1 hour' AND admitted_at <= %(at)s
+                OFFSET 0
+            ) h
+            CROSS JOIN LATERAL (
+                SELECT * FROM usage_logs u
+                WHERE u.request_id = h.id AND (h.admitted_at, u.id) < (%(at)s, %(call_id)s)
+                    {filters.sql("u.provider_id")}
+                OFFSET 0
+            ) u
+            JOIN models m ON m.id = u.model_id
+            JOIN providers p ON p.id = u.provider_id
+            LEFT JOIN task_types t ON t.id = u.task_type_id
+            ORDER BY h.admitted_at DESC, u.id DESC LIMIT %(limit)s
+            """,
+            {
+                "account_id": account_id,
+                "start": period.start,
+                "end": period.end,
+                "at": at,
+                "at_hour": window_start("hour", at),
+                "call_id": call_id,
+                "limit": limit,
+                **filters.params(),
+            },
+        )
+        return [Call(*row) for row in cursor.fetchall()]
+
+
+def all_calls(account_id: int, period: Period, filters: Filters) -> Iterator[Call]:
+    """Every call, the newest first, read page by page while they are sent: no transaction and no
+    cursor stays open however slow the reader is."""
+    before = None
+    while page := calls(account_id, period, filters, before, EXPORT_PAGE):
+        yield from page
+        before = (page[-1].admitted_at, page[-1].id)
+
+
+# --- One request -----------------------------------------------------------------------------
+
+RULES = {
+    "capability": "can't do this kind of task",
+    "context_length": "context too short for the tokens",
+    "provider_excluded": "at a provider that the request excluded",
+    "tier_price": "dearer than the tier allows",
+    "max_cost": "dearer than the request's max_cost",
+    "model_not_allowed": "not among the models that the key may use",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a score as a piece of a bar. ``start`` and ``width``: per cent of the bar."""
+
+    part: str
+    value: float
+    start: float
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A candidate with its score drawn against the highest one."""
+
+    name: str
+    provider_type: str
+    estimated_cost: Decimal
+    score: float
+    segments: tuple[Segment, ...]
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """A rule in words, how many models it excluded, and its bar in per cent of the longest."""
+
+    rule: str
+    models: int
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class PriceUsed:
+    """A price with the rates that were in force when the request was admitted."""
+
+    price: Price
+    period: pricing.Period | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStory:
+    """One request from asking to the end. ``decision`` None: nothing readable was kept with it."""
+
+    hold: Hold
+    decision: Stored | None
+    candidates: tuple[Bar, ...]
+    excluded: tuple[Exclusion, ...]
+    calls: tuple[UsageLog, ...]
+    prices: tuple[PriceUsed, ...]
+
+    @property
+    def chosen_is_listed(self) -> bool:
+        return any(bar.chosen for bar in self.candidates)
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether another model answered than the one that was chosen."""
+        chosen = self.decision.chain[0].id if self.decision else None
+        return any(call.success and str(call.model_id) != chosen for call in self.calls)
+
+
+def request_story(account_id: int, request_id: UUID) -> RequestStory:
+    """Raises Hold.DoesNotExist, also for another account's."""
+    hold = Hold.objects.get(pk=request_id, account_id=account_id)
+    decision = decision_of(hold.context)
+    place = {link.id: n for n, link in enumerate(decision.chain)} if decision else {}
+    logs = UsageLog.objects.filter(request_id=hold.pk).select_related("model", "provider", "price")
+    # They are written in one statement, so their times don't tell their order; the chain does.
+    calls = sorted(logs, key=lambda log: (log.success, place.get(str(log.model_id), len(place))))
+    prices = {call.price_id: call.price for call in calls if call.price is not None}
+    if not prices and decision is not None:
+        chosen = decision.chain[0].price_id
+        prices = {p.pk: p for p in Price.objects.filter(pk=chosen).select_related("model")}
+    return RequestStory(
+        hold,
+        decision,
+        bars(decision) if decision else (),
+        excluded(decision.excluded) if decision else (),
+        tuple(calls),
+        tuple(PriceUsed(price, rates_at(price, hold.admitted_at)) for price in prices.values()),
+    )
+
+
+def decision_of(context: Mapping[str, Any]) -> Stored | None:
+    """The decision that a hold keeps; None where there is none that today's code can read."""
+    try:
+        stored = read_stored(json.dumps(context))
+    except msgspec.MsgspecError:
+        return None
+    return stored if stored.chain else None
+
+
+def excluded(counts: Mapping[str, int]) -> tuple[Exclusion, ...]:
+    """The rules that excluded models, the one that hit most first."""
+    worst_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    most = max(counts.values(), default=0) or 1
+    return tuple(
+        Exclusion(RULES.get(rule, rule.replace("_", " ")), count, round(count * 100 / most, 2))
+        for rule, count in worst_first
+    )
+
+
+def bars(decision: Stored) -> tuple[Bar, ...]:
+    """The candidates' scores as bars of their parts, all to one scale."""
+    highest = max((_length(c["parts"]) for c in decision.candidates), default=0) or 1
+    chosen = (decision.chain[0].name, decision.chain[0].provider_type)
+    return tuple(
+        Bar(
+            c["name"],
+            c["provider_type"],
+            Decimal(str(c["estimated_cost"])),
+            c["score"],
+            tuple(_segments(c["parts"], highest)),
+            chosen == (c["name"], c["provider_type"]),
+        )
+        for c in decision.candidates
+    )
+
+
+def _length(parts: Mapping[str, float]) -> float:
+    return sum(max(0.0, value) for value in parts.values())
+
+
+def _segments(parts: Mapping[str, float], highest: float) -> Iterator[Segment]:
+    start = 0.0
+    for part in PARTS:
+        value = parts.get(part, 0.0)
+        # A part below zero (an unwanted provider) has no length; the table has its number.
+        width = max(0.0, value) * 100 / highest
+        yield Segment(part, value, round(start, 2), round(width, 2))
+        start += width
+
+
+def rates_at(price: Price, at: datetime) -> pricing.Period | None:
+    try:
+        return pricing.PriceSchedule.from_json(price.schedule).period(at)
+    except ValueError:
+        return None
+
+
+def names_used(account_id: int, period: Period) -> dict[str, Sequence[tuple[str, str]]]:
+    """The models, providers and task types of an account's usage: (id, name), by name."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            SELECT DISTINCT m.id::text, m.name, p.id::text, p.name, t.id::text, t.name
+            FROM swapper_usagehour u
+            JOIN models m ON m.id = u.model_id
+            JOIN providers p ON p.id = m.provider_id
+            LEFT JOIN task_types t ON t.id = u.task_type_id
+            WHERE u.account_id = %s AND u.hour >= %s AND u.hour < %s
+            """,
+            [account_id, period.start, period.end],
+        )
+        rows = cursor.fetchall()
+    sides = {"model": (0, 1), "provider": (2, 3), "task_type": (4, 5)}
+    return {
+        side: sorted({(row[a], row[b]) for row in rows if row[a]}, key=lambda pair: pair[1])
+        for side, (a, b) in sides.items()
+    }
