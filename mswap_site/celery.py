@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from celery import Celery, signals
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mswap_site.settings")
@@ -12,6 +13,15 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mswap_site.settings")
 app = Celery("mswap")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
+
+
+@app.on_configure.connect
+def require_settings(**_: object) -> None:
+    """What the environment lacks is a sentence here as well, not a traceback."""
+    try:
+        settings.MASTER_KEYS  # noqa: B018 (reads the settings)
+    except ImproperlyConfigured as error:
+        sys.exit(f"ModelSwapper can't start. {error}")
 
 
 @signals.worker_init.connect

@@ -75,16 +75,20 @@ calls AS MATERIALIZED (
         cost = u.cost + EXCLUDED.cost, latency_ms = u.latency_ms + EXCLUDED.latency_ms
 )""",
     # An own key that the provider refused is not used again until it is checked (at once) or
-    # replaced; what was said of an earlier key does not count.
+    # replaced; what was said of an earlier key does not count. Whoever changes it just now holds
+    # its row and may want the meter, which is held here: so it is not waited for.
     own=f"""
-, refused AS (
-    UPDATE providers p SET key_state = '{KeyState.INVALID}', key_check_due_at = e.at,
-        key_checked_at = e.at, key_told_at = NULL,
-        key_message = 'The provider refused this key when it was used.'
-    FROM ended e
+, refusing AS MATERIALIZED (
+    SELECT p.id, e.at FROM providers p, ended e
     WHERE p.account_id = e.account_id AND p.key_set_at <= e.admitted_at
         AND p.key_state <> '{KeyState.INVALID}'
         AND p.id IN (SELECT provider_id FROM calls WHERE error_kind = 'auth' AND NOT success)
+    FOR NO KEY UPDATE OF p SKIP LOCKED
+), refused AS (
+    UPDATE providers p SET key_state = '{KeyState.INVALID}', key_check_due_at = r.at,
+        key_checked_at = r.at, key_told_at = NULL,
+        key_message = 'The provider refused this key when it was used.'
+    FROM refusing r WHERE p.id = r.id
 )""",
 )
 
