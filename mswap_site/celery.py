@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from celery import Celery, signals
+from celery import Celery
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
@@ -20,17 +20,6 @@ def require_settings(**_: object) -> None:
     """What the environment lacks is a sentence here as well, not a traceback."""
     try:
         settings.MASTER_KEYS  # noqa: B018 (reads the settings)
-    except ImproperlyConfigured as error:
-        sys.exit(f"ModelSwapper can't start. {error}")
-
-
-@signals.worker_init.connect
-def check_master_keys(**_: object) -> None:
-    """A worker without the right master keys would tell owners that their keys are lost."""
-    from keys import startup
-
-    try:
-        startup.check_master_keys()
     except ImproperlyConfigured as error:
         sys.exit(f"ModelSwapper can't start. {error}")
 
