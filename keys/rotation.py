@@ -80,7 +80,7 @@ def one_pass(done: Progress, batch: int) -> Iterator[Progress]:
         sealed: list[tuple[UUID, str, str]] = []
         for row in rows:
             try:
-                sealed.append((row.pk, row.api_key, seal_for(row, open_for(row))))
+                sealed.append((row.pk, row.api_key, seal_for(row, key_of(row))))
             except crypto.CannotOpen:
                 if row.pk not in done.unreadable:
                     mark_unreadable(row)
@@ -89,6 +89,14 @@ def one_pass(done: Progress, batch: int) -> Iterator[Progress]:
         done.sealed += written
         done.changed_meanwhile += len(sealed) - written
         yield done
+
+
+def key_of(row: Provider) -> str:
+    """The key in ``row``, also where older code of ChatChonk's has written it in plain text.
+
+    Raises crypto.CannotOpen.
+    """
+    return open_for(row) if row.api_key.startswith(crypto.PREFIX) else row.api_key
 
 
 def replace(sealed: list[tuple[UUID, str, str]]) -> int:

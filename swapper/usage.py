@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -26,6 +27,13 @@ from swapper.messages import Attempt, UsageReport
 from swapper.models import KeyState, Model
 
 logger = logging.getLogger(__name__)
+
+# A known beginning, or so long a run of letters and digits, no UUID, that no word is.
+KEY = re.compile(
+    r"\b(?:sk|hf|pk|rk|msw|gsk|xai)[-_][\w-]{6,}"
+    r"|(?<=Bearer )\S+"
+    r"|(?<![\w-])(?![0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-)(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{28,}"
+)
 
 # Written in the statement that ends the hold, and only if it ends it: a log row per call, and the
 # hourly rollup. A late report takes back the row that the expiry had written.
@@ -136,6 +144,11 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
     return answer, False
 
 
+def without_keys(text: str | None) -> str | None:
+    """``text`` without what looks like a key: providers quote the one that they refuse."""
+    return text and KEY.sub("[key]", text)
+
+
 def spent_by_provider(calls: Iterable[Mapping[str, Any]]) -> dict[str, Decimal]:
     """USD by provider: what each own key's budget is charged."""
     spent: dict[str, Decimal] = {}
@@ -176,7 +189,7 @@ def call_of(
         "call_cost": cost.total,
         "latency_ms": call.latency_ms,
         "success": success,
-        "error": call.error,
+        "error": without_keys(call.error),
         "error_kind": call.error_kind,
         "unreported": False,
         "metadata": {key: value for key, value in metadata.items() if value is not None},
