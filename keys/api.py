@@ -21,6 +21,7 @@ class AccountView(JsonView):
     """A view about the account that the caller acts for, with own keys unless it says otherwise."""
 
     scope: ClassVar[str] = "keys:manage"
+    handles_keys = True
     context = context.ACCOUNT_CONTEXT
     bodies: ClassVar[dict[str, Any]] = {}
 
@@ -58,8 +59,9 @@ class Configs(AccountView):
     @openapi.list_configs
     def get(self, request: Request) -> HttpResponse:
         row = self.owner(request)
+        # In this order: a config that is stored meanwhile has a budget, and is not listed.
+        found = list(configs.configs(row.account_id))
         budgets = configs.budgets_by_id(row.account_id)
-        found = configs.configs(row.account_id)
         return no_store(json_response([configs.config_json(one, budgets[one.pk]) for one in found]))
 
     @openapi.create_config
@@ -137,6 +139,7 @@ class Credentials(JsonView):
     """Borrow the key of an open selection."""
 
     context = context.HOLD_CONTEXT
+    handles_keys = True
 
     def context_params(self, request: Request) -> dict[str, Any]:
         self.body = Decoded(request, lambda body: decode(DECODERS[Borrow], body or b"{}"))

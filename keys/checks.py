@@ -51,8 +51,9 @@ def take_check(account_id: int) -> None:
             """
             INSERT INTO keys_checkhour AS c (account_id, hour, used)
             VALUES (%(account)s, date_trunc('hour', now(), 'UTC'), 1)
-            ON CONFLICT (account_id, hour) DO UPDATE SET used = c.used + 1
-            WHERE c.used < %(most)s
+            ON CONFLICT (account_id) DO UPDATE SET hour = EXCLUDED.hour,
+                used = CASE WHEN c.hour = EXCLUDED.hour THEN c.used + 1 ELSE 1 END
+            WHERE c.hour <> EXCLUDED.hour OR c.used < %(most)s
             RETURNING used
             """,
             {"account": account_id, "most": settings.KEY_CHECKS_PER_HOUR},
@@ -99,7 +100,8 @@ def claim_due(limit: int) -> list[str]:
                 LEFT JOIN billing_account a ON a.id = p.account_id
                 LEFT JOIN billing_tier t ON t.code = a.tier_id
                 WHERE p.key_check_due_at <= now() AND p.api_key <> '' AND p.enabled
-                    AND p.deleted_at IS NULL AND (p.account_id IS NULL OR t.own_keys)
+                    AND p.deleted_at IS NULL AND (p.account_id IS NULL OR t.own_keys
+                        AND (t.full_provider_config OR COALESCE(p.base_url, '') = ''))
                 ORDER BY p.key_check_due_at LIMIT %(limit)s
                 FOR NO KEY UPDATE OF p SKIP LOCKED
             ) RETURNING id::text
@@ -159,7 +161,7 @@ def record(asked: Provider, checked: Checked) -> bool:
     known_bad = provider.key_state in UNUSABLE_KEY
     # An outage says nothing of a key: a bad one stays bad, a good one may still be used.
     if not (checked.state in TRANSIENT and known_bad):
-        if checked.state not in UNUSABLE_KEY or checked.state != provider.key_state:
+        if checked.state != provider.key_state:
             provider.key_told_at = None
         provider.key_state, provider.key_message = checked.state, checked.message
     provider.key_checked_at = now
@@ -175,9 +177,7 @@ def record(asked: Provider, checked: Checked) -> bool:
     return True
 
 
-def next_check(checked: Checked, now: datetime) -> datetime | None:
-    if checked.state == KeyState.UNREADABLE:
-        return None
+def next_check(checked: Checked, now: datetime) -> datetime:
     if checked.state in TRANSIENT:
         return now + max(AGAIN, timedelta(seconds=checked.retry_after_s or 0))
     return now + DAILY

@@ -24,8 +24,8 @@ from swapper.discovery import model_change
 from swapper.models import KeyState, Model, Provider
 
 # What every tier with own keys may set; all else is the full config (SPEC section 3).
-SIMPLE = {"user_id", "name", "provider_type", "api_key", "enabled"}
 BUDGETS = {"daily_budget_usd": "usd_per_day", "monthly_budget_usd": "usd_per_month"}
+SIMPLE = {"user_id", "name", "provider_type", "api_key", "enabled", *BUDGETS}
 LISTS = ("regions", "allowed_models", "blocked_models")
 # Own keys come before ours, as ChatChonk has it.
 PRIORITY = 100
@@ -141,6 +141,10 @@ def config_change(
             )
         require_full_config(row, values, stored_values(provider))
         check_values(values, provider.provider_type, provider.base_url)
+        # Else whoever may change a config could have its key sent to an address of their own.
+        moved = values.get("base_url") not in (None, provider.base_url)
+        if moved and "api_key" not in values:
+            raise Invalid("For another address, enter the key again.", field="api_key")
         asks_anew = apply(provider, values)
         provider.save()
         set_budget(provider, values)
@@ -295,8 +299,13 @@ def model_get(account_id: int, config_id: UUID, model_id: UUID) -> Model:
     return model
 
 
+@transaction.atomic
 def config_model_change(row: Any, config_id: UUID, model_id: UUID, change: ModelChange) -> Model:
     """What the owner says of a model. Raises NotFound; Forbidden where the tier may not."""
+    # As for a list (swapper.discovery): neither that nor another change comes in between.
+    Provider.objects.select_for_update(no_key=True).filter(
+        pk=config_id, account_id=row.account_id
+    ).first()
     model = model_get(row.account_id, config_id, model_id)
     said = {name: v for name, v in structs.asdict(change).items() if v is not UNSET}
     full = said.keys() - {"enabled"}

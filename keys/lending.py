@@ -117,7 +117,11 @@ def check_usable(provider: Provider, row: Any) -> None:
 
 @transaction.atomic
 def write_down(caller: Caller, provider: Provider, remote_address: str | None) -> datetime:
-    """Write the lending, if the hold is still open; until when. Raises Ended."""
+    """Write the lending, if the hold is still open; until when. Raises Ended.
+
+    Whoever ends the hold waits for this, and the other way round: once an end was answered, there
+    is no lending after it.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
             """
@@ -126,6 +130,7 @@ def write_down(caller: Caller, provider: Provider, remote_address: str | None) -
             SELECT h.id, h.account_id, %(provider)s, h.own_key, %(token)s, %(address)s
             FROM billing_hold h
             WHERE h.id = %(hold)s AND h.state = 'open' AND h.expires_at > now()
+            FOR SHARE OF h
             RETURNING (SELECT expires_at FROM billing_hold WHERE id = %(hold)s)
             """,
             {

@@ -50,7 +50,14 @@ Rate = Annotated[
 MAX_USD = Decimal("1e9")
 
 
-class ConfigCreate(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+class WithKey(msgspec.Struct, frozen=True):
+    """Its repr, in a trace or a log, does not show the key."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+class ConfigCreate(WithKey, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """POST provider-configs. ``name`` is the provider's, unless another is given."""
 
     provider_type: ProviderType
@@ -70,7 +77,7 @@ class ConfigCreate(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, fro
         check_amounts(self.daily_budget_usd, self.monthly_budget_usd)
 
 
-class ConfigReplace(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+class ConfigReplace(WithKey, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """PUT: what is not named goes back to its default; without ``api_key`` the key stays."""
 
     name: ConfigName
@@ -89,7 +96,7 @@ class ConfigReplace(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, fr
         check_amounts(self.daily_budget_usd, self.monthly_budget_usd)
 
 
-class ConfigChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+class ConfigChange(WithKey, forbid_unknown_fields=True, kw_only=True, frozen=True):
     """PATCH: what is not named stays."""
 
     name: ConfigName | UnsetType = UNSET
@@ -139,7 +146,8 @@ def check_amounts(*amounts: Decimal | UnsetType | None) -> None:
 
 
 def check_amount(amount: Decimal, places: int) -> None:
-    if not amount.is_finite() or not 0 <= amount < MAX_USD:
+    # Signed, because -0 is not below 0, and no price either.
+    if not amount.is_finite() or amount.is_signed() or amount >= MAX_USD:
         raise ValueError("An amount of USD is not negative, and less than a billion.")
     if exponent(amount) < -places:
         raise ValueError(f"An amount of USD has at most {places} decimal places.")

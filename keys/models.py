@@ -99,9 +99,8 @@ class Lending(models.Model):
 
 
 class CheckHour(models.Model):
-    """How many key checks an account asked for in one UTC hour."""
+    """How many key checks an account asked for in the last UTC hour in which it did."""
 
-    pk = models.CompositePrimaryKey("account_id", "hour")
-    account = models.ForeignKey(Account, on_delete=models.CASCADE, db_index=False)
+    account = models.OneToOneField(Account, primary_key=True, on_delete=models.CASCADE)
     hour = models.DateTimeField()
     used = models.SmallIntegerField()

@@ -41,11 +41,11 @@ def count_by_key_id() -> Counter[str]:
     """How many stored keys are under which master key's id; "" for a text that is not sealed."""
     with connection.cursor() as cursor:
         cursor.execute(
-            """
-            SELECT CASE WHEN api_key LIKE 'mswap:%%:%%:%%' THEN split_part(api_key, ':', 3)
-                ELSE '' END, count(*)
+            f"""
+            SELECT CASE WHEN api_key LIKE '{crypto.PREFIX}{crypto.VERSION}:%:%'
+                THEN split_part(api_key, ':', 3) ELSE '' END, count(*)
             FROM providers WHERE api_key <> '' GROUP BY 1
-            """.replace("%%", "%")
+            """
         )
         return Counter(dict(cursor.fetchall()))
 
@@ -71,6 +71,7 @@ def one_pass(done: Progress, batch: int) -> Iterator[Progress]:
             .exclude(api_key="")
             .exclude(api_key__startswith=f"{crypto.PREFIX}{crypto.VERSION}:{newest}:")
             .select_related("account")
+            .only("api_key", "provider_type", "account__external_id")
             .order_by("pk")[:batch]
         )
         if not rows:
@@ -79,7 +80,7 @@ def one_pass(done: Progress, batch: int) -> Iterator[Progress]:
         sealed: list[tuple[UUID, str, str]] = []
         for row in rows:
             try:
-                sealed.append((row.pk, row.api_key, seal_for(row, open_for(row))))
+                sealed.append((row.pk, row.api_key, seal_for(row, key_of(row))))
             except crypto.CannotOpen:
                 if row.pk not in done.unreadable:
                     mark_unreadable(row)
@@ -90,12 +91,25 @@ def one_pass(done: Progress, batch: int) -> Iterator[Progress]:
         yield done
 
 
+def key_of(row: Provider) -> str:
+    """The key in ``row``, also where older code of ChatChonk's has written it in plain text.
+
+    Raises crypto.CannotOpen.
+    """
+    return open_for(row) if row.api_key.startswith(crypto.PREFIX) else row.api_key
+
+
 def replace(sealed: list[tuple[UUID, str, str]]) -> int:
-    """Write (id, old text, new text) where the old one still stands; how many did."""
+    """Write (id, old text, new text) where the old one still stands; how many did.
+
+    What had not opened before, because its master key was missing, is checked again.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
             """
-            UPDATE providers p SET api_key = n.new
+            UPDATE providers p SET api_key = n.new,
+                key_check_due_at = CASE WHEN p.key_state = 'unreadable' THEN now()
+                    ELSE p.key_check_due_at END
             FROM unnest(%s::uuid[], %s::text[], %s::text[]) AS n(id, old, new)
             WHERE p.id = n.id AND p.api_key = n.old
             """,

@@ -21,8 +21,9 @@ SAMPLES = 5
 def check_master_keys() -> None:
     """Raises ImproperlyConfigured, in a sentence, where the master keys are missing or wrong.
 
-    Wrong is a key that opens nothing of what is sealed under its id. Stored keys of an id that is
-    not configured are lost to their owners alone, unless nothing can be opened at all.
+    Wrong is a key that opens nothing of what is sealed under its id; a single text may be damaged
+    itself. That one, and stored keys of an id that is not configured, are lost to their owners
+    alone, unless nothing can be opened at all.
     """
     known = crypto.parse_master_keys(settings.MASTER_KEYS)
     try:
@@ -32,23 +33,24 @@ def check_master_keys() -> None:
         logger.warning("master keys not compared with the database: %s", type(error).__name__)
         return
     opens = {key_id: any(map(can_open, rows)) for key_id, rows in samples.items()}
-    wrong = sorted(key_id for key_id, ok in opens.items() if key_id in known and not ok)
+    nothing = not any(opens.values())
+    shut = sorted(key_id for key_id, ok in opens.items() if not ok)
+    wrong = [one for one in shut if one in known and (nothing or len(samples[one]) > 1)]
     if wrong:
         raise ImproperlyConfigured(
             f"MSWAP_MASTER_KEYS: the key “{wrong[0]}” is not the one that the stored provider keys"
             " were sealed with. Set the right one; nothing was changed."
         )
-    missing = sorted(opens.keys() - known)
-    if missing and not any(opens.values()):
+    if shut and nothing:
         raise ImproperlyConfigured(
-            f"MSWAP_MASTER_KEYS: the stored provider keys are sealed with “{missing[0]}”, which is"
+            f"MSWAP_MASTER_KEYS: the stored provider keys are sealed with “{shut[0]}”, which is"
             " not among them. Add it, or give those keys up with rotate_keys --erase-unreadable."
         )
-    if missing:
+    if shut:
         logger.error(
-            "stored keys are sealed with master keys that are not configured (%s): their owners"
-            " must enter them anew",
-            ", ".join(missing),
+            "stored keys do not open, for their master keys are not configured or they are damaged"
+            " (%s): their owners must enter them anew",
+            ", ".join(shut),
         )
 
 

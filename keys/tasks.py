@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from celery import shared_task
 from django.conf import settings
 from django.core.mail import send_mail
 
 from billing.alerts import claim_due, raise_alerts
 from keys import alerts, checks
+
+logger = logging.getLogger(__name__)
 
 # What a sweep takes: a day's sweeps are enough for every key of a large installation.
 BATCH = 500
@@ -35,14 +39,19 @@ def tell_owners() -> int:
         user = provider.account.user if provider.account else None
         if user is None or not user.email:
             continue
-        send_mail(
-            f"Your key “{provider.name}” does not work",
-            f"{provider.key_message}\n\nRequests do not use it until you replace it or it is"
-            " found to work again.",
-            settings.DEFAULT_FROM_EMAIL,
-            [user.email],
-            fail_silently=True,
-        )
+        # An adopted row's name may have line breaks, which no subject has.
+        name = " ".join(provider.name.split())
+        try:
+            send_mail(
+                f"Your key “{name}” does not work",
+                f"{provider.key_message}\n\nRequests do not use it until you replace it or it is"
+                " found to work again.",
+                settings.DEFAULT_FROM_EMAIL,
+                [user.email],
+            )
+        except Exception as error:
+            # One owner's address keeps no other from being told.
+            logger.error("mail about %s failed: %s", provider.pk, type(error).__name__)
     return len(told)
 
 

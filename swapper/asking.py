@@ -8,13 +8,14 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from billing import ledger
-from billing.limits import LimitStates
-from swapper import selection
+from billing.limits import BY_NAME, LimitStates
+from mswap_site.errors import MswapError
+from swapper import refusals, selection
 from swapper.catalogue import Snapshot, Task
 from swapper.context import Caller
 from swapper.decision import Stored, answer_of, encoder
 from swapper.messages import SelectRequest
-from swapper.selection import Choice
+from swapper.selection import Choice, Ranking
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,12 @@ class Asking:
             request_digest=self.digest,
             context=encoder.encode(stored).decode(),
         )
+
+    def refusal(self, refused: ledger.Refused, ranking: Ranking, choice: Choice) -> MswapError:
+        """The ledger's refusal as the answer; that the tier's limit was reached is noted."""
+        if refused.rule in BY_NAME and not self.request.dry_run:
+            ledger.note_limit_reached(self.caller.row.account_id, refused.rule, refused.at)
+        return refusals.refusal(refused, ranking, choice)
 
     def answer(self, choice: Choice, stored: Stored, placed: ledger.Placed) -> dict[str, Any]:
         return answer_of(

@@ -395,6 +395,7 @@ class MaxCostExceeded(Refusal, tag="max_cost_exceeded"):
     excluded: Annotated[dict[str, int], Meta(description="Models that each rule ruled out.")]
     requested: Usd
     cheapest_fit: PricedModel | None
+    system_fallback: SystemFallback = UNSET
 
 
 class ScopeRequired(Refusal, tag="scope_required"):

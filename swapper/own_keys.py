@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -23,15 +23,19 @@ from swapper.asking import Asking
 from swapper.catalogue import MODEL_COLUMNS, card_of, fetch
 from swapper.decision import Stored
 from swapper.models import UNUSABLE_KEY, KeyState, Provider
-from swapper.refusals import budget_refusal, cheapest_alone, refusal
+from swapper.refusals import budget_refusal, cheapest_alone, max_cost_refusal
 from swapper.selection import Choice, Ranking, Table
+
+# A refused hold is tried again with what the budgets then have room for. Each time others took
+# it meanwhile, so that this many in a row are not to be expected.
+TRIES = 20
 
 MODELS = f"""
 SELECT {MODEL_COLUMNS}
 FROM models m
 JOIN providers p ON p.id = m.provider_id
 JOIN swapper_price r ON r.id = m.price_id
-WHERE m.enabled AND m.provider_id = ANY(%(providers)s)
+WHERE m.enabled AND m.provider_id = ANY(%(providers)s::uuid[])
 ORDER BY m.name, m.id
 """
 
@@ -46,25 +50,24 @@ class CannotServe(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OwnKeys:
-    """An account's own providers, and the models at those whose key may work."""
+    """An account's own providers, and the budgets and models of those whose key may work."""
 
     providers: dict[str, Provider]
     budgets: dict[str, BudgetState]
     table: Table
     excluded: Counter[str]
-    any_usable: bool
 
     @classmethod
     def read(cls, account_id: int, at: datetime, *, full_config: bool) -> OwnKeys:
         """``full_config``: the tier may use addresses of its own (SPEC section 3)."""
-        budgets = {str(budget.id): budget for budget in budgets_of(account_id)}
+        budgets = budgets_by_id(account_id)
         providers = {
             str(provider.pk): provider
             for provider in Provider.objects.filter(
                 pk__in=budgets, account_id=account_id, enabled=True, deleted_at=None
             ).exclude(api_key="")
         }
-        usable = [p.pk for p in providers.values() if may_work(p, full_config=full_config)]
+        usable = [key for key, p in providers.items() if may_work(p, full_config=full_config)]
         excluded: Counter[str] = Counter()
         cards = []
         for row in fetch(MODELS, {"providers": usable}) if usable else ():
@@ -75,12 +78,13 @@ class OwnKeys:
                 cards.append(card)
             else:
                 excluded["model_not_allowed"] += 1
-        return cls(providers, budgets, Table(cards, at), excluded, bool(usable))
+        return cls(providers, {key: budgets[key] for key in usable}, Table(cards, at), excluded)
 
     @property
     def utilisation(self) -> float:
-        """The highest utilisation of a budget."""
-        return max((s.utilisation for b in self.budgets.values() for s in b.limits), default=0.0)
+        """The highest utilisation of a budget that is not used up: those have no say any more."""
+        states = (s for b in self.budgets.values() if b.free_usd != 0 for s in b.limits)
+        return max((state.utilisation for state in states), default=0.0)
 
     def as_json(self) -> list[dict[str, Any]]:
         """Each key with its state, for refusals."""
@@ -94,6 +98,11 @@ class OwnKeys:
             }
             for provider in self.providers.values()
         ]
+
+
+def budgets_by_id(account_id: int) -> dict[str, BudgetState]:
+    """Every budget of the account, all as of one moment."""
+    return {str(budget.id): budget for budget in budgets_of(account_id)}
 
 
 def notices(account_id: int) -> list[dict[str, Any]]:
@@ -125,10 +134,15 @@ def may_work(provider: Provider, *, full_config: bool) -> bool:
 
 def allows(provider: Provider, name: str) -> bool:
     """Whether the owner lets the provider's model ``name`` be used; ``*`` stands for any part."""
-    if any(fnmatchcase(name, pattern) for pattern in provider.blocked_models):
+    if any(matches(name, pattern) for pattern in provider.blocked_models):
         return False
     allowed = provider.allowed_models
-    return not allowed or any(fnmatchcase(name, pattern) for pattern in allowed)
+    return not allowed or any(matches(name, pattern) for pattern in allowed)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """As fnmatch does it, but only ``*`` is special."""
+    return fnmatchcase(name, pattern.replace("[", "[[]").replace("?", "[?]"))
 
 
 def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
@@ -138,9 +152,10 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
     the account pays its provider itself. Raises CannotServe where these keys are the reason, and
     the MswapErrors of SPEC section 5 for everything else; nothing is held after either.
     """
-    if not asking.caller.row.own_keys:
-        raise CannotServe(tier_refusal(asking.caller.row.effective_tier))
-    if not own.any_usable:
+    row = asking.caller.row
+    if not row.own_keys:
+        raise CannotServe(tier_refusal(row.effective_tier, "own_keys", "Own keys"))
+    if all(provider.key_state in UNUSABLE_KEY for provider in own.providers.values()):
         raise CannotServe(
             Conflict(
                 "None of the account's own keys works: see their states.",
@@ -148,16 +163,20 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
                 own_keys=own.as_json(),
             )
         )
+    if not own.budgets:
+        words = "Own keys at an address of one's own"
+        raise CannotServe(tier_refusal(row.effective_tier, "full_provider_config", words))
     query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation, pace=0.0)
     ranking = selection.rank(own.table, query)
+    ranking.excluded.update(own.excluded)
     if not len(ranking):
-        excluded = dict(own.excluded + Counter(ranking.excluded))
         raise CannotServe(
-            Unavailable(
+            max_cost_refusal(own.table, ranking)
+            or Unavailable(
                 "No model at the account's own keys, with a known price, can do this.",
                 code="no_model",
                 task_type=query.task_type,
-                excluded=excluded,
+                excluded=ranking.excluded,
             )
         )
     return hold_on_budgets(asking, own, ranking)
@@ -166,31 +185,36 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
 def hold_on_budgets(asking: Asking, own: OwnKeys, ranking: Ranking) -> dict[str, Any]:
     """The best choice that the budgets have room for, held.
 
-    What a refusal says of the budgets replaces what was read before, so that each try is another
-    choice, until one is held or none is left that fits.
+    Where they have room for none, as of one moment, the ledger's word on the cheapest model alone
+    is the refusal.
     """
-    budgets = dict(own.budgets)
-    while True:
-        rooms = {key: b.free_usd for key, b in budgets.items() if b.free_usd is not None}
-        choice = ranking.choose(settings.EMERGENCY_THRESHOLD_USD, rooms_usd=rooms)
-        if choice is None:
-            choice = cheapest_alone(ranking)
-            # Above the emergency threshold the ledger itself refuses; else it is the budget.
-            if choice.hold_usd <= settings.EMERGENCY_THRESHOLD_USD:
-                budget = budgets[choice.chosen.card.provider_id]
-                raise CannotServe(budget_refusal(budget, choice, ranking))
-        choice = with_room(choice, rooms)
+    budgets = own.budgets
+    for _ in range(TRIES):
+        rooms = {key: room for key, b in budgets.items() if (room := room_usd(b)) is not None}
+        fitting = ranking.choose(settings.EMERGENCY_THRESHOLD_USD, rooms_usd=rooms)
+        choice = with_room(fitting, rooms) if fitting else cheapest_alone(ranking)
         claimed = list(dict.fromkeys(c.card.provider_id for c in choice.chain))
-        stored = on_own_key(
+        stored = on_own_keys(
             Stored.of(ranking, choice, asking.task, asking.request),
-            own.providers[choice.chosen.card.provider_id],
+            [own.providers[key] for key in claimed],
         )
         result = asking.hold(choice, stored, claimed)
         if isinstance(result, ledger.Placed):
             return asking.answer(choice, stored, result)
         if not result.rule.startswith("own_"):
-            raise refusal(result, ranking, choice)
-        budgets |= {str(state.id): state for state in result.budgets}
+            raise asking.refusal(result, ranking, choice)
+        if not fitting:
+            raise CannotServe(budget_refusal(result, ranking, choice))
+        budgets = budgets_by_id(asking.caller.row.account_id)
+    raise Unavailable("Too many requests want these budgets at once. Nothing was held; try again.")
+
+
+def room_usd(budget: BudgetState) -> Decimal | None:
+    """What ``budget`` lets one request hold: below zero after an overrun, when nothing fits, not
+    even what costs nothing."""
+    return min(
+        (s.limit - s.spent - s.held for s in budget.limits if s.limit is not None), default=None
+    )
 
 
 def with_room(choice: Choice, rooms: Mapping[str, Decimal]) -> Choice:
@@ -204,28 +228,36 @@ def with_room(choice: Choice, rooms: Mapping[str, Decimal]) -> Choice:
     return replace(choice, fallbacks=tuple(chain[1:]))
 
 
-def on_own_key(stored: Stored, provider: Provider) -> Stored:
-    """``stored`` with what the owner should know of whose key this is and where it goes."""
-    warning = None
-    if provider.base_url:
-        warning = "This goes to an address that the account entered itself; we know nothing of it."
-    elif provider.key_state != KeyState.VALID:
-        state = KeyState(provider.key_state).label
-        warning = f"The key “{provider.name}” is not known to work: {state}."
+def on_own_keys(stored: Stored, providers: Sequence[Provider]) -> Stored:
+    """``stored`` with what the owner should know of the keys, the chosen one first: any of them
+    may come to serve."""
+    warnings = [text for text in map(security_warning, providers) if text is not None]
     return msgspec.structs.replace(
         stored,
         own_key=True,
-        security_level="restricted" if warning else "user",
-        security_warning=warning,
-        reasoning=f"On the account's own key “{provider.name}”: {stored.reasoning}",
+        security_level="restricted" if warnings else "user",
+        security_warning=" ".join(warnings) or None,
+        reasoning=f"On the account's own key “{providers[0].name}”: {stored.reasoning}",
     )
 
 
-def tier_refusal(tier: str) -> MswapError:
-    """403: own keys are for higher tiers; they are kept meanwhile."""
-    needed = Tier.objects.filter(own_keys=True).order_by("rank").first()
+def security_warning(provider: Provider) -> str | None:
+    if provider.base_url:
+        return (
+            f"“{provider.name}” is at an address that the account entered itself; we know nothing"
+            " of it."
+        )
+    if provider.key_state != KeyState.VALID:
+        state = KeyState(provider.key_state).label
+        return f"The key “{provider.name}” is not known to work: {state}."
+    return None
+
+
+def tier_refusal(tier: str, flag: str, words: str) -> MswapError:
+    """403: ``words`` are for the tiers with ``flag``; the keys are kept meanwhile."""
+    needed = Tier.objects.filter(**{flag: True}).order_by("rank").first()
     return Forbidden(
-        f"Own keys can be used from {needed} up; this is {tier}. Stored keys are kept, unused.",
+        f"{words} can be used from {needed} up; this is {tier}. Stored keys are kept, unused.",
         code="tier_required",
         tier=tier,
         tier_needed=needed.code if needed else None,

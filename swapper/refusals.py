@@ -10,7 +10,6 @@ from typing import Any
 from django.conf import settings
 
 from billing import ledger
-from billing.budgets import BudgetState
 from billing.limits import LimitState
 from billing.money import plain
 from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
@@ -30,17 +29,9 @@ def nothing_serves(
     snapshot: Snapshot, query: selection.Query, ranking: Ranking, caller: Caller
 ) -> MswapError:
     """No model may serve: is it the tier, the caller's own max_cost, or nobody can?"""
+    if too_dear := max_cost_refusal(snapshot.table, ranking):
+        return too_dear
     extra: dict[str, Any] = {"task_type": query.task_type, "excluded": ranking.excluded}
-    if ranking.excluded.get("max_cost"):
-        without = selection.rank(snapshot.table, dataclasses.replace(query, max_cost=None))
-        return MswapError(
-            "Every model that could serve costs more than max_cost.",
-            code="max_cost_exceeded",
-            status=402,
-            requested=plain(query.max_cost or Decimal(0)),
-            cheapest_fit=in_words(without.cheapest()),
-            **extra,
-        )
     if ranking.excluded.get("tier_price"):
         for tier in snapshot.tiers.values():
             higher = dataclasses.replace(query, max_price_per_1k=tier.max_price_per_1k_usd)
@@ -54,6 +45,23 @@ def nothing_serves(
                     **extra,
                 )
     return Unavailable("No enabled model with a known price can do this.", code="no_model", **extra)
+
+
+def max_cost_refusal(table: selection.Table, ranking: Ranking) -> MswapError | None:
+    """402 where the caller's own max_cost is why no model of ``table`` may serve; else None."""
+    query = ranking.query
+    if not ranking.excluded.get("max_cost"):
+        return None
+    without = selection.rank(table, dataclasses.replace(query, max_cost=None))
+    return MswapError(
+        "Every model that could serve costs more than max_cost.",
+        code="max_cost_exceeded",
+        status=402,
+        requested=plain(query.max_cost or Decimal(0)),
+        cheapest_fit=in_words(without.cheapest()),
+        task_type=query.task_type,
+        excluded=ranking.excluded,
+    )
 
 
 def refusal(refused: ledger.Refused, ranking: Ranking, choice: Choice) -> MswapError:
@@ -99,13 +107,13 @@ def cheapest_alone(ranking: Ranking) -> Choice:
     return Choice(cheapest, (), None if best.card is cheapest.card else best)
 
 
-def budget_refusal(budget: BudgetState, choice: Choice, ranking: Ranking) -> MswapError:
-    """The budget of an own key has no room for ``choice``."""
-    requested = choice.hold_usd
-    short = (s for s in reversed(budget.limits) if s.free is not None and s.free < requested)
-    state = next(short)
-    tokens, at = ranking.query.tokens, ranking.query.at
-    error = limit_refusal(state, at, requested, tokens, ranking.cheapest())
+def budget_refusal(refused: ledger.Refused, ranking: Ranking, choice: Choice) -> MswapError:
+    """The budget of an own key has no room for ``choice``, which is one model alone."""
+    [budget] = refused.budgets
+    state = next(state for state in budget.limits if state.kind.name == refused.rule)
+    error = limit_refusal(
+        state, refused.at, choice.hold_usd, ranking.query.tokens, ranking.cheapest()
+    )
     error.extra["provider_id"] = budget.id
     return error
 

@@ -20,7 +20,7 @@ from swapper.context import Caller
 from swapper.decision import Stored, answer_of, read_stored
 from swapper.messages import SelectRequest
 from swapper.own_keys import CannotServe, OwnKeys, select_own
-from swapper.refusals import cheapest_alone, nothing_serves, refusal
+from swapper.refusals import cheapest_alone, nothing_serves
 from swapper.selection import Choice, Ranking
 
 # A refused hold is tried again with what fits the figures of the refusal, the last time with the
@@ -67,7 +67,9 @@ def select_with_own_keys(asking: Asking) -> dict[str, Any]:
     row = asking.caller.row
     own = OwnKeys.read(row.account_id, row.read_at, full_config=row.full_provider_config)
     if not own.providers:
-        return select_system(asking, "The account keeps no key of its own; a system key is used.")
+        return select_system(
+            asking, "The account has no key of its own in use; a system key is used."
+        )
     try:
         return select_own(asking, own)
     except CannotServe as reason:
@@ -104,9 +106,7 @@ def select_system(asking: Asking, security_warning: str | None = None) -> dict[s
         elif result.rule == "approval_required" and choice.fallbacks and fits(choice, result):
             threshold = result.approval_threshold_usd
         else:
-            if kind is not None and not request.dry_run:
-                ledger.note_limit_reached(caller.row.account_id, result.rule, result.at)
-            raise refusal(result, ranking, choice)
+            raise asking.refusal(result, ranking, choice)
     raise AssertionError("The last try either holds or refuses.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -26,6 +27,13 @@ from swapper.messages import Attempt, UsageReport
 from swapper.models import KeyState, Model
 
 logger = logging.getLogger(__name__)
+
+# A known beginning, or so long a run of letters and digits, no UUID, that no word is.
+KEY = re.compile(
+    r"\b(?:sk|hf|pk|rk|msw|gsk|xai)[-_][\w-]{6,}"
+    r"|(?<=Bearer )\S+"
+    r"|(?<![\w-])(?![0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-)(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{28,}"
+)
 
 # Written in the statement that ends the hold, and only if it ends it: a log row per call, and the
 # hourly rollup. A late report takes back the row that the expiry had written.
@@ -75,16 +83,20 @@ calls AS MATERIALIZED (
         cost = u.cost + EXCLUDED.cost, latency_ms = u.latency_ms + EXCLUDED.latency_ms
 )""",
     # An own key that the provider refused is not used again until it is checked (at once) or
-    # replaced; what was said of an earlier key does not count.
+    # replaced; what was said of an earlier key does not count. Whoever changes it just now holds
+    # its row and may want the meter, which is held here: so it is not waited for.
     own=f"""
-, refused AS (
-    UPDATE providers p SET key_state = '{KeyState.INVALID}', key_check_due_at = e.at,
-        key_checked_at = e.at, key_told_at = NULL,
-        key_message = 'The provider refused this key when it was used.'
-    FROM ended e
+, refusing AS MATERIALIZED (
+    SELECT p.id, e.at FROM providers p, ended e
     WHERE p.account_id = e.account_id AND p.key_set_at <= e.admitted_at
         AND p.key_state <> '{KeyState.INVALID}'
         AND p.id IN (SELECT provider_id FROM calls WHERE error_kind = 'auth' AND NOT success)
+    FOR NO KEY UPDATE OF p SKIP LOCKED
+), refused AS (
+    UPDATE providers p SET key_state = '{KeyState.INVALID}', key_check_due_at = r.at,
+        key_checked_at = r.at, key_told_at = NULL,
+        key_message = 'The provider refused this key when it was used.'
+    FROM refusing r WHERE p.id = r.id
 )""",
 )
 
@@ -132,6 +144,11 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
     return answer, False
 
 
+def without_keys(text: str | None) -> str | None:
+    """``text`` without what looks like a key: providers quote the one that they refuse."""
+    return text and KEY.sub("[key]", text)
+
+
 def spent_by_provider(calls: Iterable[Mapping[str, Any]]) -> dict[str, Decimal]:
     """USD by provider: what each own key's budget is charged."""
     spent: dict[str, Decimal] = {}
@@ -172,7 +189,7 @@ def call_of(
         "call_cost": cost.total,
         "latency_ms": call.latency_ms,
         "success": success,
-        "error": call.error,
+        "error": without_keys(call.error),
         "error_kind": call.error_kind,
         "unreported": False,
         "metadata": {key: value for key, value in metadata.items() if value is not None},

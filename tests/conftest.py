@@ -29,11 +29,13 @@ from django.test import Client
 from django.urls import Resolver404, resolve
 
 from billing.accounts import account_get_or_create
+from billing.budgets import budget_set
 from billing.models import Account, Tier
 from keys import authentication
 from keys.tokens import token_create
+from keys.vault import seal_for
 from swapper.catalogue import catalogue
-from swapper.models import Model, Price, Provider, TaskType
+from swapper.models import KeyState, Model, Price, Provider, TaskType
 
 API = "/api/modelswapper/"
 
@@ -231,6 +233,28 @@ def make_provider(name: str, **fields: Any) -> Provider:
     return Provider.objects.create(
         **{"name": name, "provider_type": name, "api_key": "sealed", **fields}
     )
+
+
+OWN_KEY = "sk-user-EXAMPLE-0123456789"
+
+
+def make_own_key(
+    account: Account,
+    name: str = "mine",
+    *,
+    day: str | None = None,
+    month: str | None = None,
+    key: str = OWN_KEY,
+    **fields: Any,
+) -> Provider:
+    """A key of the account's own, known to be valid, with a budget of USD per day and month."""
+    own: dict[str, Any] = {"account": account, "name": name, "provider_type": "openai"}
+    provider = Provider(**{**own, "key_state": KeyState.VALID, **fields})
+    provider.api_key = seal_for(provider, key)
+    provider.save()
+    per_day, per_month = (None if usd is None else Decimal(usd) for usd in (day, month))
+    budget_set(provider.pk, account.pk, usd_per_day=per_day, usd_per_month=per_month)
+    return provider
 
 
 def make_model(

@@ -965,6 +965,32 @@ def test_provider_configs_are_the_users_own_and_404_until_they_come() -> None:
     }
 
 
+def test_a_borrowed_key_is_asked_for_by_selection_and_shown_nowhere() -> None:
+    path = "selections/r-1/credentials"
+    lent = {
+        "request_id": "r-1",
+        "model_id": "m-2",
+        "provider_id": "p-1",
+        "provider_type": "openai",
+        "api_key": "sk-secret",
+        "base_url": None,
+        "organization_id": None,
+        "expires_at": "2026-11-23T12:00:00Z",
+    }
+    server = Server()
+    server.scripts[path] = deque([answer(lent), error(410, "selection_ended")])
+
+    async def converse(service: ModelSwapperService) -> None:
+        borrowed = await service.borrow_key("r-1", "m-2")
+        assert borrowed.api_key == "sk-secret"
+        assert "sk-secret" not in repr(borrowed)
+        with pytest.raises(ModelSwapperError, match="ended"):
+            await service.borrow_key("r-1")
+
+    talk(server, converse)
+    assert [json.loads(one.body) for one in server.seen[path]] == [{"model_id": "m-2"}, {}]
+
+
 def test_usage_totals_are_exact() -> None:
     totals = {"month": {"cost": "12.0000000001", "own_key_cost": "0", "requests": 3, "tokens": 9}}
     body = {"account": "alice", "totals": totals, "limits": {}, "by": {}}

@@ -24,9 +24,13 @@ from schemathesis.specs.openapi import checks
 from billing.budgets import BUDGET_LIMITS
 from billing.limits import LIMITS
 from billing.models import Account
+from keys import egress
+from keys import messages as key_messages
+from keys.models import AccessToken
 from swapper import messages, openapi
-from tests.conftest import Caller, Shelf, limits
-from tests.test_api_access import TABLE
+from swapper.models import Provider
+from tests.conftest import Caller, Shelf, caller, edit, limits
+from tests.test_api_access import KEY, TABLE, make_config
 
 schema = schemathesis.openapi.from_wsgi("/api/schema/", get_wsgi_application())
 document = schema.raw_schema
@@ -48,13 +52,28 @@ seen: Counter[tuple[str, int]] = Counter()
 
 
 @pytest.fixture
+def automodel(db: None) -> Caller:
+    """Here it may do everything."""
+    return caller(*AccessToken.Scope.values)
+
+
+@pytest.fixture
 def stage(
-    transactional_db: None, alice: Account, bob: Account, shelf: Shelf, settings: Any
+    transactional_db: None,
+    alice: Account,
+    bob: Account,
+    shelf: Shelf,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Alice has limits, so that refusals come too; bob has none.
 
     No emergency stop: reports of a hundred million tokens would end the play.
     """
+    # Whatever address is made up, it is in the private network and so not called.
+    monkeypatch.setattr(egress, "resolve", lambda host, port: ["10.1.2.3"])
+    settings.KEYS_PER_ACCOUNT, settings.KEY_CHECKS_PER_HOUR = 9, 9
+    edit(alice.tier, full_provider_config=True)
     settings.EMERGENCY_THRESHOLD_USD = settings.SYSTEM_HOURLY_LIMIT_USD = Decimal(10**9)
     limits(
         alice,
@@ -91,8 +110,16 @@ def test_every_answer_conforms(
 def realistic(case: schemathesis.Case, automodel: Caller, shelf: Shelf) -> schemathesis.Case:
     """The same request about alice's account, real models and, in a report, an open hold."""
     query = dict(case.query) if isinstance(case.query, dict) else {}
-    if case.operation.method == "get" and "check" not in query:
+    path_parameters = dict(case.path_parameters or {})
+    about_keys = "/provider-configs" in case.path
+    if about_keys or (case.operation.method in ("get", "patch") and "check" not in query):
         query["user_id"] = "alice"
+    if "config_id" in path_parameters:
+        account = Account.objects.get(external_id="alice")
+        config, model = make_config(account)
+        path_parameters["config_id"] = str(config.pk)
+        if "model_id" in path_parameters:
+            path_parameters["model_id"] = str(model.pk)
     body: Any = dict(case.body) if isinstance(case.body, dict) else case.body
     if isinstance(body, dict) and case.path.endswith("select-model"):
         body |= {"task_type": "chat", "user_id": "alice"}
@@ -107,6 +134,21 @@ def realistic(case: schemathesis.Case, automodel: Caller, shelf: Shelf) -> schem
         for name in ("estimated_tokens", "min_context_length", *exact):
             if isinstance(body.get(name), int):
                 body[name] %= 5000
+    elif isinstance(body, dict) and about_keys:
+        # What is made up is mostly refused; alone, each of the others has its turn.
+        if "api_key" in body:
+            body |= {"api_key": KEY}
+        if "provider_type" in body:
+            body |= {"provider_type": "openai"}
+        for name in ("base_url", "user_id"):
+            body.pop(name, None)
+    elif case.path.endswith("/credentials"):
+        if not Provider.objects.filter(account__external_id="bob").exists():
+            make_config(Account.objects.get(external_id="bob"))
+        selection = automodel.select(user_id="bob", use_user_keys=True).json()
+        path_parameters["request_id"] = selection["request_id"]
+        if isinstance(body, dict) and "model_id" in body:
+            body |= {"model_id": selection["selected_model_id"]}
     elif isinstance(body, dict) and case.method == "POST":
         selection = automodel.select(user_id="bob", priority="low").json()
         body |= {"request_id": selection["request_id"], "model_id": str(shelf.tiny.pk)}
@@ -119,7 +161,7 @@ def realistic(case: schemathesis.Case, automodel: Caller, shelf: Shelf) -> schem
             ]
     return case.operation.Case(
         method=case.method,
-        path_parameters=case.path_parameters,
+        path_parameters=path_parameters,
         headers=case.headers,
         cookies=case.cookies,
         query=query,
@@ -139,6 +181,17 @@ def test_the_examples_reached_what_they_should():
     assert reached["POST usage"] >= {201, 400, 404, 415}
     assert reached["GET usage"] >= {200, 400}
     assert reached["GET me"] >= {200, 400}
+    assert reached["PATCH me"] >= {200, 400, 415}
+    assert reached["GET provider-configs"] >= {200, 400, 404}
+    assert reached["POST provider-configs"] >= {201, 400, 409, 415}
+    assert reached["GET {config_id}"] >= {200, 400, 404}
+    assert reached["PUT {config_id}"] >= {200, 400, 415}
+    assert reached["PATCH {config_id}"] >= {200, 400, 415}
+    assert reached["DELETE {config_id}"] >= {204, 400}
+    assert reached["POST verify"] >= {200, 400, 429}
+    assert reached["GET models"] >= {200, 400}
+    assert reached["PATCH {model_id}"] >= {200, 400, 415}
+    assert reached["POST credentials"] >= {200, 400, 404}
     assert reached["GET health"] >= {200, 400}
 
 
@@ -158,20 +211,37 @@ def test_every_route_is_described():
         for method in item
         if method != "parameters"
     }
-    assert described == {row for row in TABLE if row[1].startswith("api/modelswapper/")}
+    assert described == {
+        (method, re.sub(r"<uuid:(\w+)>", r"{\1}", path))
+        for method, path in TABLE
+        if path.startswith("api/modelswapper/")
+    }
     for path, item in document["paths"].items():
         for operation in item.values():
             assert operation["summary"], path
             assert operation["operationId"], path
 
 
-@pytest.mark.parametrize("struct", [messages.SelectRequest, messages.UsageReport])
+STRUCTS = [messages.SelectRequest, messages.UsageReport, messages.MeChange, *key_messages.DECODERS]
+
+
+def test_every_body_is_described_by_one_of_these():
+    bodies = {
+        operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
+        for item in document["paths"].values()
+        for operation in item.values()
+        if "requestBody" in operation
+    }
+    assert bodies == {struct.__name__ for struct in STRUCTS}
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
 def test_a_body_is_described_by_the_struct_that_decodes_it(struct: type[msgspec.Struct]):
     described = document["components"]["schemas"][struct.__name__]
     assert list(described["properties"]) == list(struct.__struct_fields__)
     assert described["additionalProperties"] is False
     required = {f.name for f in msgspec.structs.fields(struct) if f.required}
-    assert set(described["required"]) == required
+    assert set(described.get("required", [])) == required
     bodies = [
         operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         for item in document["paths"].values()
@@ -179,6 +249,19 @@ def test_a_body_is_described_by_the_struct_that_decodes_it(struct: type[msgspec.
         if "requestBody" in operation
     ]
     assert bodies.count(f"#/components/schemas/{struct.__name__}") == 1
+
+
+def test_a_key_is_only_ever_written_and_only_lent():
+    schemas = document["components"]["schemas"]
+    fields = {
+        (name, field): described
+        for name, schema in schemas.items()
+        for field, described in schema.get("properties", {}).items()
+        if field in ("api_key", "key")
+    }
+    written = {name for (name, _), described in fields.items() if described.get("writeOnly")}
+    assert written == {"ConfigCreate", "ConfigReplace", "ConfigChange"}
+    assert {name for name, _ in fields} - written == {"LentKey"}
 
 
 def codes(kind: type[msgspec.Struct]) -> Iterator[str]:

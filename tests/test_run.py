@@ -92,10 +92,10 @@ def test_one_command_starts_everything_and_the_books_agree(open_folder: Path) ->
         )
         wait_for(
             "the check of the demo's own keys",
-            lambda: {
-                row["key_state"] for row in call(demo, "provider-configs?user_id=demo-bigchonk")
-            }
-            == {"valid", "invalid"},
+            lambda: (
+                {row["key_state"] for row in call(demo, "provider-configs?user_id=demo-bigchonk")}
+                == {"valid", "invalid"}
+            ),
             60,
         )
         own = call(demo, "select-model", {**asked, "user_id": "demo-bigchonk", **OWN})

@@ -618,3 +618,20 @@ def test_health_tells_each_part(automodel: Caller, large: dict[str, Any]):
     catalogue._fingerprint = None
     answer = ok(automodel.get("health"), 503)
     assert (answer["status"], answer["catalogue"]["status"]) == ("not_ready", "empty")
+
+
+def test_an_error_text_is_kept_without_the_key_that_it_quotes(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    """Providers quote the key that they refuse, and nobody's key belongs into a log."""
+    request_id = "0f6d1a5e-8f0e-4c63-9f5c-6d7e1b1f0a11"
+    for text, kept in {
+        "Incorrect API key: sk-proj-abcdef_123456.": "Incorrect API key: [key].",
+        "key 0123456789abcdefghijklmnopqrstuv is wrong": "key [key] is wrong",
+        "Authorization: Bearer x1 refused": "Authorization: Bearer [key] refused",
+        f"request {request_id} timed out": f"request {request_id} timed out",
+        "claude-3-5-sonnet-20241022 not found": "claude-3-5-sonnet-20241022 not found",
+    }.items():
+        selection = automodel.select().json()
+        assert automodel.report(selection, success=False, error=text).status_code == 201
+        assert UsageLog.objects.get(request_id=selection["request_id"]).error == kept

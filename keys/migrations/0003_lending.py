@@ -34,26 +34,16 @@ class Migration(migrations.Migration):
             name="CheckHour",
             fields=[
                 (
-                    "pk",
-                    models.CompositePrimaryKey(
-                        "account_id",
-                        "hour",
-                        blank=True,
-                        editable=False,
+                    "account",
+                    models.OneToOneField(
+                        on_delete=django.db.models.deletion.CASCADE,
                         primary_key=True,
                         serialize=False,
+                        to="billing.account",
                     ),
                 ),
                 ("hour", models.DateTimeField()),
                 ("used", models.SmallIntegerField()),
-                (
-                    "account",
-                    models.ForeignKey(
-                        db_index=False,
-                        on_delete=django.db.models.deletion.CASCADE,
-                        to="billing.account",
-                    ),
-                ),
             ],
         ),
         migrations.CreateModel(

@@ -6,10 +6,12 @@ from argparse import ArgumentParser
 from collections.abc import Collection
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 from tqdm import tqdm
 
 from keys import rotation
+from keys.startup import check_master_keys
 
 
 class Command(BaseCommand):
@@ -29,6 +31,12 @@ class Command(BaseCommand):
     def handle(self, *, batch: int, erase_unreadable: bool, **options: Any) -> None:
         if batch < 1:
             raise CommandError("--batch is at least 1.")
+        if not erase_unreadable:
+            # With the wrong ones every owner would be told that their key is lost.
+            try:
+                check_master_keys()
+            except ImproperlyConfigured as error:
+                raise CommandError(str(error)) from None
         before = rotation.verdict()
         self.stdout.write(f"The newest master key is “{before.newest}”.")
         progress = rotation.Progress()
