@@ -95,7 +95,7 @@ def claim_due(limit: int) -> list[str]:
     with connection.cursor() as cursor:
         cursor.execute(
             """
-            UPDATE providers SET key_check_due_at = now() + %(lease)s::interval WHERE id IN (
+            WITH due AS MATERIALIZED (
                 SELECT p.id FROM providers p
                 LEFT JOIN billing_account a ON a.id = p.account_id
                 LEFT JOIN billing_tier t ON t.code = a.tier_id
@@ -104,7 +104,10 @@ def claim_due(limit: int) -> list[str]:
                         AND (t.full_provider_config OR COALESCE(p.base_url, '') = ''))
                 ORDER BY p.key_check_due_at LIMIT %(limit)s
                 FOR NO KEY UPDATE OF p SKIP LOCKED
-            ) RETURNING id::text
+            )
+            UPDATE providers p SET key_check_due_at = now() + %(lease)s::interval
+            FROM due WHERE p.id = due.id
+            RETURNING p.id::text
             """,
             {"lease": f"{LEASE.total_seconds()} seconds", "limit": limit},
         )

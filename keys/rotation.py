@@ -107,10 +107,17 @@ def replace(sealed: list[tuple[UUID, str, str]]) -> int:
     with connection.cursor() as cursor:
         cursor.execute(
             """
+            WITH n AS (
+                SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[]) AS n(id, old, new)
+            ), locked AS MATERIALIZED (
+                -- In one order, so that two rotations can't wait for each other.
+                SELECT p.id FROM providers p JOIN n USING (id) ORDER BY p.id
+                FOR NO KEY UPDATE OF p
+            )
             UPDATE providers p SET api_key = n.new,
                 key_check_due_at = CASE WHEN p.key_state = 'unreadable' THEN now()
                     ELSE p.key_check_due_at END
-            FROM unnest(%s::uuid[], %s::text[], %s::text[]) AS n(id, old, new)
+            FROM n JOIN locked USING (id)
             WHERE p.id = n.id AND p.api_key = n.old
             """,
             [list(column) for column in zip(*sealed, strict=True)] or [[], [], []],

@@ -457,8 +457,11 @@ class Case:
 
 
 HTML = b"<!doctype html><title>Sign in to the network</title>"
-IN_AN_HOUR = format_datetime(datetime.now(UTC) + timedelta(seconds=3600), usegmt=True)
 JUDGED_NOT = "The key was not judged"
+
+
+def in_an_hour() -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=3600), usegmt=True)
 
 
 def lists(*bodies: Any) -> Callable[[Callable[..., Reply]], list[Reply]]:
@@ -490,7 +493,7 @@ CASES = {
         State.RATE_LIMITED, lambda error: [error(429, ratelimit='"api";r=0;t=55')], (), 55.0
     ),
     "429, by date": Case(
-        State.RATE_LIMITED, lambda error: [error(429, retry_after=IN_AN_HOUR)], (), 3600.0
+        State.RATE_LIMITED, lambda error: [error(429, retry_after=in_an_hour())], (), 3600.0
     ),
     "429, in a century": Case(
         State.RATE_LIMITED, lambda error: [error(429, retry_after="3155760000")], (), 86_400.0

@@ -10,7 +10,7 @@ from django.utils import timezone
 
 from billing.models import Account
 from keys.models import AccessToken
-from keys.tokens import DEFAULT_LIFETIME, PERSONAL_SCOPES, token_create
+from keys.tokens import DEFAULT_LIFETIME, token_create
 
 
 class Command(BaseCommand):
@@ -38,7 +38,7 @@ class Command(BaseCommand):
         if days < 0:
             raise CommandError("--days can't be negative.")
         expires_at = timezone.now() + timedelta(days=days) if days else None
-        scopes = options["scope"] or list(PERSONAL_SCOPES)
+        scopes = options["scope"] or ["select", "usage"]
         if owner is not None and "accounts:write" in scopes:
             raise CommandError("A personal token can't have the scope accounts:write.")
         _, token = token_create(name, scopes, account=owner, expires_at=expires_at)
