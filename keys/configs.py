@@ -29,7 +29,6 @@ SIMPLE = {"user_id", "name", "provider_type", "api_key", "enabled", *BUDGETS}
 LISTS = ("regions", "allowed_models", "blocked_models")
 # Own keys come before ours, as ChatChonk has it.
 PRIORITY = 100
-Message = ConfigCreate | ConfigReplace | ConfigChange
 
 
 def tier_required(tier: str, allows: str, message: str, field: str | None = None) -> Forbidden:
@@ -174,6 +173,9 @@ def config_verify(row: Any, config_id: UUID) -> tuple[Provider, bool]:
     Raises NotFound, and CheckLimit above KEY_CHECKS_PER_HOUR.
     """
     provider = config_get(row.account_id, config_id)
+    if not provider.api_key:
+        # Given up because it could not be opened: there is nothing to ask about.
+        return provider, True
     checks.take_check(row.account_id)
     Provider.objects.filter(pk=provider.pk).update(key_check_due_at=timezone.now())
     done = checks.check_now(provider)

@@ -38,7 +38,7 @@ class Credentials:
     expires_at: datetime
 
     def as_json(self, request_id: Any) -> dict[str, Any]:
-        adapter = ADAPTERS.get(self.provider.provider_type)
+        adapter, base_url = ADAPTERS.get(self.provider.provider_type), self.provider.base_url
         return {
             "request_id": request_id,
             "model_id": self.link.id,
@@ -46,7 +46,7 @@ class Credentials:
             "provider_id": self.provider.pk,
             "provider_type": self.provider.provider_type,
             "api_key": self.api_key,
-            "base_url": self.provider.base_url or (adapter.base_url if adapter else "") or None,
+            "base_url": adapter.address(base_url) or None if adapter else base_url,
             "organization_id": self.provider.organization_id,
             "expires_at": self.expires_at,
         }

@@ -286,8 +286,8 @@ CELERY_BEAT_SCHEDULE = {
     },
     "check-due-keys": {
         "task": "keys.tasks.check_due_keys",
-        "schedule": schedule(timedelta(seconds=20)),
-        "options": {"expires": 60},
+        "schedule": schedule(timedelta(seconds=5)),
+        "options": {"expires": 30},
     },
     "tell-owners": {
         "task": "keys.tasks.tell_owners",

@@ -139,7 +139,12 @@ def test_each_lending_is_one_row(service: Caller, alice: Account, mine: Provider
     ]
 
 
-def test_where_it_goes_and_for_which_organization(service: Caller, alice: Account, mine: Provider):
+def test_where_it_goes_and_for_which_organization(
+    service: Caller, alice: Account, mine: Provider, settings: Any
+):
+    """To the account's own address, or else the operator's, or else the documented one."""
+    settings.PROVIDER_BASE_URLS = {"openai": "https://proxy.example/v1"}
+    assert ok(borrow(service, select(service)))["base_url"] == "https://proxy.example/v1"
     limits(alice, full_provider_config=True)
     edit(mine, base_url="https://llm.example/v1", organization_id="org-7")
     answer = ok(borrow(service, select(service)))

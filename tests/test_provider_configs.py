@@ -824,6 +824,16 @@ def test_without_its_master_key_a_key_does_not_open(owner: Owner, settings: Any)
     assert_unreadable_everywhere(owner, config)
 
 
+def test_a_key_that_was_given_up_can_only_be_entered_anew(owner: Owner):
+    config = owner.created()
+    edit(Provider.objects.get(pk=config["id"]), api_key="")
+    answer = owner.verify(config)
+    assert answer.status_code == 200
+    assert answer.json()["key_state"] == "unreadable"
+    assert "re-enter this key" in answer.json()["key_message"]
+    assert owner.change(config, api_key=KEYS["openai"]).json()["key_state"] == "valid"
+
+
 def test_a_key_opens_again_when_its_master_key_is_back(owner: Owner, settings: Any):
     config, kept = owner.created(), settings.MASTER_KEYS
     settings.MASTER_KEYS = "other:" + "A" * 43 + "="

@@ -177,15 +177,12 @@ class Adapter:
         deadline: float,
         sleep: Callable[[float], None] = time.sleep,
     ) -> Checked:
-        """Ask the provider about ``key``, until ``deadline`` on the monotonic clock.
-
-        The address is ``base_url``, or else the operator's (``PROVIDER_BASE_URLS``), or else
-        the documented one.
-        """
+        """Ask the provider at ``address(base_url)`` about ``key``, until ``deadline`` on the
+        monotonic clock."""
         # What no header can carry would make an HTTP library complain, and quote the key.
         if not SENDABLE_KEY.fullmatch(key):
             return Checked(State.INVALID, "The key has characters, or a length, that no key has.")
-        base = base_url or settings.PROVIDER_BASE_URLS.get(self.type) or self.base_url
+        base = self.address(base_url)
         if not base:
             return Checked(State.UNREACHABLE, "There is no base URL to check the key at.")
         parts = urlsplit(base)
@@ -197,6 +194,10 @@ class Adapter:
             return self.verify(call, base.rstrip("/"))
         except Stop as stop:
             return stop.checked
+
+    def address(self, base_url: str | None) -> str:
+        """``base_url``, or else the operator's (``PROVIDER_BASE_URLS``), or the documented one."""
+        return base_url or settings.PROVIDER_BASE_URLS.get(self.type) or self.base_url
 
     def headers(self, key: str, organization_id: str | None) -> dict[str, str]:
         """What carries the key. May raise Stop."""
