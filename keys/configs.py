@@ -21,7 +21,7 @@ from keys.providers import ADAPTERS, check_format
 from keys.vault import last_four, open_for, seal_for
 from mswap_site.errors import Conflict, Forbidden, Invalid, NotFound
 from swapper.discovery import model_change
-from swapper.models import KeyState, Model, Provider
+from swapper.models import Model, Provider
 
 # What every tier with own keys may set; all else is the full config (SPEC section 3).
 BUDGETS = {"daily_budget_usd": "usd_per_day", "monthly_budget_usd": "usd_per_month"}
@@ -205,10 +205,7 @@ def apply(provider: Provider, values: Mapping[str, Any]) -> bool:
         provider.api_key = seal_for(provider, values["api_key"])
     asks = "api_key" in values or before != (provider.base_url, provider.organization_id)
     if asks:
-        now = timezone.now()
-        provider.key_set_at = provider.key_check_due_at = now
-        provider.key_checked_at = provider.key_told_at = None
-        provider.key_state, provider.key_message = KeyState.NEVER_CHECKED, ""
+        checks.ask_anew(provider)
     return asks
 
 
