@@ -12,19 +12,17 @@ from django.contrib import admin
 from django.core.validators import RegexValidator
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.utils import timezone
 from django.utils.decorators import method_decorator
 from django.views.decorators.debug import sensitive_post_parameters
 
 from billing.admin import Audited, ReadOnly
 from keys import crypto
+from keys.checks import ASKED_ANEW, ask_anew
 from keys.models import AccessToken, Lending
 from keys.tokens import token_revoke
+from keys.vault import last_four, open_for, seal_for
 from swapper.admin import OneLine
-from swapper.models import KeyState, Provider
-
-# Of a shorter key, four characters would be too much of it.
-SHORT = 12
+from swapper.models import Provider
 
 
 class ProviderForm(forms.ModelForm):
@@ -83,15 +81,9 @@ class ProviderAdmin(Audited, OneLine):
         if not provider.api_key:
             return "none"
         try:
-            key = crypto.open_sealed(
-                provider.api_key,
-                row_id=provider.pk,
-                owner=provider.account.external_id if provider.account else None,
-                provider_type=provider.provider_type,
-            )
+            return f"…{last_four(open_for(provider))}"
         except crypto.CannotOpen:
             return "re-enter this key"
-        return f"…{key[-4:]}" if len(key) >= SHORT else "…"
 
     def get_fields(self, request: HttpRequest, obj: Provider | None = None) -> tuple[str, ...]:
         ours = obj is None or obj.account_id is None
@@ -119,13 +111,9 @@ class ProviderAdmin(Audited, OneLine):
     def save_model(self, request: HttpRequest, obj: Provider, form: Any, change: bool) -> None:
         fields = {"updated_at", *form.changed_data} - {"new_api_key"}
         if key := form.cleaned_data.get("new_api_key"):
-            obj.api_key = crypto.seal(
-                key, row_id=obj.pk, owner=None, provider_type=obj.provider_type
-            )
-            obj.key_set_at = obj.key_check_due_at = timezone.now()
-            obj.key_state, obj.key_message, obj.key_checked_at = KeyState.NEVER_CHECKED, "", None
-            fields |= {"api_key", "key_set_at", "key_check_due_at"}
-            fields |= {"key_state", "key_message", "key_checked_at"}
+            obj.api_key = seal_for(obj, key)
+            ask_anew(obj)
+            fields |= {"api_key", *ASKED_ANEW}
         # Only what was edited: meanwhile the key may have been checked, or sealed anew.
         obj.save(update_fields=fields if change else None)
 

@@ -70,6 +70,24 @@ def take_check(account_id: int) -> None:
     )
 
 
+# What `ask_anew` sets, and leaves to the caller to save.
+ASKED_ANEW = (
+    "key_set_at",
+    "key_check_due_at",
+    "key_checked_at",
+    "key_told_at",
+    "key_state",
+    "key_message",
+)
+
+
+def ask_anew(provider: Provider) -> None:
+    """Its key or address is new, and what was found out does not count: sets ASKED_ANEW."""
+    provider.key_set_at = provider.key_check_due_at = timezone.now()
+    provider.key_checked_at = provider.key_told_at = None
+    provider.key_state, provider.key_message = KeyState.NEVER_CHECKED, ""
+
+
 def check_now(provider: Provider) -> bool:
     """Check it while its owner waits; False if too many do, so that it stays with the worker."""
     if not _slots.acquire(blocking=False):

@@ -13,15 +13,16 @@ from django.utils import timezone
 from msgspec import UNSET, structs
 
 from billing.budgets import BudgetState, budget_set, budgets_of
-from billing.models import Account, Budget, Tier
+from billing.models import Account, Budget
 from billing.money import plain
 from keys import checks, crypto, egress
 from keys.messages import ConfigChange, ConfigCreate, ConfigReplace, ModelChange
 from keys.providers import ADAPTERS, check_format
 from keys.vault import last_four, open_for, seal_for
 from mswap_site.errors import Conflict, Forbidden, Invalid, NotFound
+from swapper import refusals
 from swapper.discovery import model_change
-from swapper.models import KeyState, Model, Provider
+from swapper.models import Model, Provider
 
 # What every tier with own keys may set; all else is the full config (SPEC section 3).
 BUDGETS = {"daily_budget_usd": "usd_per_day", "monthly_budget_usd": "usd_per_month"}
@@ -33,15 +34,8 @@ PRIORITY = 100
 
 def tier_required(tier: str, allows: str, message: str, field: str | None = None) -> Forbidden:
     """403 for ``tier`` that names the lowest tier whose flag ``allows`` is set."""
-    needed = Tier.objects.filter(**{allows: True}).order_by("rank").first()
-    extra: dict[str, Any] = {"field": field} if field else {}
-    return Forbidden(
-        f"{message} is for {needed} and above; this is {tier}.",
-        code="tier_required",
-        tier=tier,
-        tier_needed=needed.code if needed else None,
-        **extra,
-    )
+    words = f"{message} is for {{needed}} and above; this is {{tier}}."
+    return refusals.tier_required(tier, allows, words, **({"field": field} if field else {}))
 
 
 def require_own_keys(row: Any) -> None:
@@ -211,10 +205,7 @@ def apply(provider: Provider, values: Mapping[str, Any]) -> bool:
         provider.api_key = seal_for(provider, values["api_key"])
     asks = "api_key" in values or before != (provider.base_url, provider.organization_id)
     if asks:
-        now = timezone.now()
-        provider.key_set_at = provider.key_check_due_at = now
-        provider.key_checked_at = provider.key_told_at = None
-        provider.key_state, provider.key_message = KeyState.NEVER_CHECKED, ""
+        checks.ask_anew(provider)
     return asks
 
 
@@ -341,13 +332,9 @@ def model_json(model: Model) -> dict[str, Any]:
         "enabled": model.enabled,
         "usable": why is None,
         "not_usable_because": why,
-        "cost_per_1k_prompt_tokens": rate(model.cost_per_1k_prompt_tokens) if known else None,
+        "cost_per_1k_prompt_tokens": plain(model.cost_per_1k_prompt_tokens) if known else None,
         "cost_per_1k_completion_tokens": (
-            rate(model.cost_per_1k_completion_tokens) if known else None
+            plain(model.cost_per_1k_completion_tokens) if known else None
         ),
         "price_source": model.price.source if model.price else None,
     }
-
-
-def rate(usd_per_1k: Any) -> str:
-    return plain(usd_per_1k)

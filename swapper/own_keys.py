@@ -16,19 +16,19 @@ from django.conf import settings
 
 from billing import ledger
 from billing.budgets import BudgetState, budgets_of
-from billing.models import Tier
-from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
+from mswap_site.errors import Conflict, MswapError, Unavailable
 from swapper import selection
 from swapper.asking import Asking
 from swapper.catalogue import MODEL_COLUMNS, card_of, fetch
 from swapper.decision import Stored
 from swapper.models import UNUSABLE_KEY, KeyState, Provider
-from swapper.refusals import budget_refusal, cheapest_alone, max_cost_refusal
+from swapper.refusals import budget_refusal, cheapest_alone, max_cost_refusal, tier_required
 from swapper.selection import Choice, Ranking, Table
 
 # A refused hold is tried again with what the budgets then have room for. Each time others took
 # it meanwhile, so that this many in a row are not to be expected.
 TRIES = 20
+FROM = "can be used from {needed} up; this is {tier}. Stored keys are kept, unused."
 
 MODELS = f"""
 SELECT {MODEL_COLUMNS}
@@ -154,7 +154,7 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
     """
     row = asking.caller.row
     if not row.own_keys:
-        raise CannotServe(tier_refusal(row.effective_tier, "own_keys", "Own keys"))
+        raise CannotServe(tier_required(row.effective_tier, "own_keys", f"Own keys {FROM}"))
     if all(provider.key_state in UNUSABLE_KEY for provider in own.providers.values()):
         raise CannotServe(
             Conflict(
@@ -164,8 +164,8 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
             )
         )
     if not own.budgets:
-        words = "Own keys at an address of one's own"
-        raise CannotServe(tier_refusal(row.effective_tier, "full_provider_config", words))
+        words = f"Own keys at an address of one's own {FROM}"
+        raise CannotServe(tier_required(row.effective_tier, "full_provider_config", words))
     query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation, pace=0.0)
     ranking = selection.rank(own.table, query)
     ranking.excluded.update(own.excluded)
@@ -251,14 +251,3 @@ def security_warning(provider: Provider) -> str | None:
         state = KeyState(provider.key_state).label
         return f"The key “{provider.name}” is not known to work: {state}."
     return None
-
-
-def tier_refusal(tier: str, flag: str, words: str) -> MswapError:
-    """403: ``words`` are for the tiers with ``flag``; the keys are kept meanwhile."""
-    needed = Tier.objects.filter(**{flag: True}).order_by("rank").first()
-    return Forbidden(
-        f"{words} can be used from {needed} up; this is {tier}. Stored keys are kept, unused.",
-        code="tier_required",
-        tier=tier,
-        tier_needed=needed.code if needed else None,
-    )

@@ -11,6 +11,7 @@ from django.conf import settings
 
 from billing import ledger
 from billing.limits import LimitState
+from billing.models import Tier
 from billing.money import plain
 from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
 from swapper import selection
@@ -23,6 +24,18 @@ def in_words(candidate: Candidate | None) -> dict[str, Any] | None:
     if candidate is None:
         return None
     return {**candidate.card.as_json(), "estimated_cost": plain(candidate.estimate_usd)}
+
+
+def tier_required(tier: str, flag: str, words: str, **extra: Any) -> Forbidden:
+    """403 that names the lowest tier with ``flag``; ``words`` may use {needed} and {tier}."""
+    needed = Tier.objects.filter(**{flag: True}).order_by("rank").first()
+    return Forbidden(
+        words.format(needed=needed, tier=tier),
+        code="tier_required",
+        tier=tier,
+        tier_needed=needed.code if needed else None,
+        **extra,
+    )
 
 
 def nothing_serves(
