@@ -314,6 +314,17 @@ def test_the_request_and_the_worker_do_not_both_ask(
     assert asked == [1]
 
 
+def test_every_thread_sends_tasks_to_our_broker():
+    """Celery's current application is a thread's own; the others fall back to the default one."""
+    from mswap_site.celery import app
+
+    used: list[Any] = []
+    thread = threading.Thread(target=lambda: used.append(tasks.check_key.app))
+    thread.start()
+    thread.join()
+    assert used == [app]
+
+
 def test_the_sweep_hands_out_ids_and_nothing_else(
     alice: Account, bob: Account, monkeypatch: pytest.MonkeyPatch
 ):
