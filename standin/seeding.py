@@ -31,8 +31,9 @@ from swapper.selection import ModelCard
 SCOPES = frozenset({"select", "usage"})
 # A late report comes so long after the hold expired.
 LATE = timedelta(minutes=4)
-# What AutoModel takes instead of the chosen one costs at most this, USD per 1,000 tokens.
-DEARER_PER_1K = Decimal("0.02")
+# What AutoModel takes instead of the chosen one: this provider's dearest at up to so much, USD per
+# 1,000 tokens.
+DEARER_AT, DEARER_PER_1K = "anthropic", Decimal("0.03")
 # So many of the runaway's calls reach the emergency threshold.
 CALLS_TO_STOP = 6
 
@@ -89,6 +90,7 @@ class Seeding:
             max_completion_tokens=ask.cap,
             priority=ask.priority,
             preferred_providers=ask.preferred,
+            min_context_length=ask.context,
             use_user_keys=ask.own_key,
         )
         caller = Caller(None, SCOPES, account_row(self.account.pk, at))
@@ -99,20 +101,23 @@ class Seeding:
             return
         self.counts[ask.outcome] += 1
         expires_at = answer["hold_expires_at"]
-        if ask.outcome in ("silent", "late"):
+        if ask.outcome == "open":
+            return
+        report = report_of(ask, answer)
+        if ask.outcome in ("silent", "late") and expires_at + LATE < self.now:
             self._at(expires_at, lambda then: self._expire(answer["request_id"], then))
-        if ask.outcome == "late":
-            self._at(expires_at + LATE, lambda then: self._report(ask, answer, then))
-        elif ask.outcome not in ("silent", "open"):
-            took = timedelta(milliseconds=ask.latency_ms)
-            self._at(min(at + took, self.now), lambda then: self._report(ask, answer, then))
+            if ask.outcome == "late":
+                self._at(expires_at + LATE, lambda then: self._report(report, then))
+        else:
+            took = report.latency_ms + sum(a.latency_ms for a in report.attempts or ())
+            ends_at = min(at + timedelta(milliseconds=took), self.now)
+            self._at(ends_at, lambda then: self._report(report, then))
 
     def _expire(self, request_id: UUID, at: datetime) -> None:
         usage.expire(Hold.objects.select_related("account").get(pk=request_id), at)
 
-    def _report(self, ask: Ask, answer: dict[str, Any], at: datetime) -> None:
-        row = hold_row(self.account.pk, answer["request_id"])
-        usage.report_usage(row, report_of(ask, answer), at)
+    def _report(self, report: UsageReport, at: datetime) -> None:
+        usage.report_usage(hold_row(self.account.pk, report.request_id), report, at)
 
 
 def report_of(ask: Ask, answer: dict[str, Any]) -> UsageReport:
@@ -126,7 +131,7 @@ def report_of(ask: Ask, answer: dict[str, Any]) -> UsageReport:
         attempts = (Attempt(model_id=model_id, latency_ms=ask.failed_after_ms, **failure),)
         model_id = fallbacks[0]
     elif ask.outcome == "dearer" and not answer["using_user_keys"]:
-        model_id = dearest(DEARER_PER_1K).id
+        model_id = dearest(DEARER_AT, DEARER_PER_1K).id
     elif ask.outcome == "runaway":
         card = dearest()
         model_id = card.id
@@ -138,7 +143,7 @@ def report_of(ask: Ask, answer: dict[str, Any]) -> UsageReport:
         model_id=model_id,
         prompt_tokens=0 if failed else ask.prompt_tokens,
         completion_tokens=0 if failed else completion_tokens,
-        latency_ms=ask.failed_after_ms if failed else ask.latency_ms,
+        latency_ms=ask.failed_after_ms if failed else latency_ms(ask, model_id),
         error=ask.error if failed else None,
         error_kind=ask.error_kind if failed else None,
         quality=None if failed else ask.quality,
@@ -146,12 +151,23 @@ def report_of(ask: Ask, answer: dict[str, Any]) -> UsageReport:
     )
 
 
-def dearest(most_per_1k: Decimal | None = None) -> ModelCard:
-    """The dearest chat model of ours, up to a price (USD per 1,000 tokens)."""
+def latency_ms(ask: Ask, model_id: str) -> int:
+    """How long the model took, by what the catalogue says of its speed."""
+    card = catalogue.snapshot().table.by_id.get(model_id)
+    return round(ask.latency_ms * (card.latency_ms if card else 1000) / 1000)
+
+
+def dearest(provider_type: str | None = None, most_per_1k: Decimal | None = None) -> ModelCard:
+    """The dearest chat model of ours: of a provider type, up to a price (USD per 1,000 tokens)."""
 
     def price(card: ModelCard) -> Decimal:
         return max(card.prompt_per_1k, card.completion_per_1k)
 
     cards = [card for card in catalogue.snapshot().table.cards if "chat" in card.capabilities]
-    within = [card for card in cards if most_per_1k is None or price(card) <= most_per_1k]
+    within = [
+        card
+        for card in cards
+        if provider_type in (None, card.provider_type)
+        and (most_per_1k is None or price(card) <= most_per_1k)
+    ]
     return max(within or cards, key=lambda card: (price(card), card.name))

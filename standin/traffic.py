@@ -130,7 +130,8 @@ class Options:
 
     ``rate`` is the average of requests a second where there is no trace, ``speed`` how many
     simulated seconds pass in one, ``duration`` real seconds and ``requests`` a number after
-    which no more are started (None: no such end), ``provider_timeout`` seconds.
+    which no more are started (None: no such end), ``provider_timeout`` seconds. ``linger``: answers
+    are streamed to who reads them, and reported up to so many seconds later.
     """
 
     url: str
@@ -145,6 +146,7 @@ class Options:
     requests: int | None = None
     duration: float | None = None
     provider_timeout: float = 10.0
+    linger: float = 0.0
 
 
 # --- Who, when and what --------------------------------------------------------------------
@@ -487,6 +489,8 @@ class Simulation:
                     key = await self._key_for(attempt.selection, candidate)
                     if await self._try(candidate, arrival, f"{tag}.{tried}", rng, key):
                         stats.succeeded += 1
+                        if self.options.linger:
+                            await self._wait(time.monotonic() + rng.random() * self.options.linger)
                         break
         finally:
             self._book(attempt, ledger)

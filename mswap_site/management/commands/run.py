@@ -76,7 +76,8 @@ class Command(BaseCommand):
             self.tell(demo, url, demo_path, children.folder)
             if traffic:
                 simulate = [sys.executable, "manage.py", "simulate_traffic", "--forever"]
-                simulate += ["--rate", "0.5", "--provider-url", provider_url]
+                # Answers are read as they come, so that some holds are open at any time.
+                simulate += ["--rate", "0.5", "--linger", "20", "--provider-url", provider_url]
                 children.start("traffic", simulate, show=True)
             children.wait()
         except KeyboardInterrupt:
@@ -139,7 +140,7 @@ def provider_command(url: str) -> list[str]:
     port = url.rpartition(":")[2]
     return python(
         "standin.provider",
-        *("--port", port, "--fail-rate", "0.02", "--hang-seconds", "60"),
+        *("--port", port, "--fail-rate", "0.02", "--latency-scale", "0.4", "--hang-seconds", "60"),
     )
 
 
