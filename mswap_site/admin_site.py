@@ -1,0 +1,29 @@
+"""The admin for staff, with a start page that answers "is anything wrong?"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib.admin import AdminSite
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.urls import path
+
+from mswap_site import board
+
+
+class StaffSite(AdminSite):
+    site_header = "ModelSwapper staff"
+    site_title = "ModelSwapper"
+    index_title = "Is anything wrong?"
+
+    def get_urls(self) -> list[Any]:
+        return [path("board/", self.admin_view(self.board_view), name="board"), *super().get_urls()]
+
+    def index(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
+        shown = {"board": board.read(request.user), **(extra_context or {})}
+        return super().index(request, shown)
+
+    def board_view(self, request: HttpRequest) -> HttpResponse:
+        """The board alone, for htmx."""
+        return render(request, "admin/board.html", {"board": board.read(request.user)})
