@@ -55,12 +55,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One question with its answer in a sentence. ``wrong``: it needs a look."""
+    """One question with its answer in a sentence. ``wrong``: it needs a look; a part that is not
+    ``judged`` is for information. ``more``: rows that it does not list."""
 
     name: str
     title: str
     sentence: str
     wrong: bool = False
+    judged: bool = True
     rows: tuple[Row, ...] = ()
     more: int = 0
     url: str = ""
@@ -111,9 +113,9 @@ class Reading:
 
     def since(self, moment: datetime) -> SafeString:
         return format_html(
-            '<time datetime="{}" title="{:%Y-%m-%d %H:%M:%S} UTC">{} ago</time>',
+            '<time datetime="{}" title="{} UTC">{} ago</time>',
             moment.isoformat(),
-            moment,
+            f"{moment:%Y-%m-%d %H:%M:%S}",
             span(self.at - moment),
         )
 
@@ -202,6 +204,7 @@ def limits(reading: Reading) -> Part:
         f"{counted(total, 'account has', 'accounts have')} used half of a limit, or more."
         if total
         else "No account has used half of a limit.",
+        judged=False,
         rows=tuple(rows),
         more=total - len(rows),
         url=reading.link("billing_account_changelist"),
