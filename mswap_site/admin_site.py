@@ -7,6 +7,7 @@ from typing import Any
 from django.contrib.admin import AdminSite
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
+from django.template.response import TemplateResponse
 from django.urls import path
 from django.views.decorators.cache import never_cache
 from django_htmx.http import HttpResponseClientRefresh
@@ -22,7 +23,7 @@ class StaffSite(AdminSite):
     def get_urls(self) -> list[Any]:
         return [path("board/", never_cache(self.board_view), name="board"), *super().get_urls()]
 
-    def index(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
+    def index(self, request: HttpRequest, extra_context: Any = None) -> TemplateResponse:
         shown = {"board": board.read(request.user), **(extra_context or {})}
         return super().index(request, shown)
 

@@ -26,19 +26,19 @@ class LastRun(models.Model):
     def __str__(self) -> str:
         return self.name
 
-    @classmethod
-    def record(cls, name: Job, **result: Any) -> None:
+    @staticmethod
+    def record(name: Job, **result: Any) -> None:
         """The job is done now, and found ``result`` (plain JSON)."""
-        cls.objects.bulk_create(
-            [cls(name=name, finished_at=Now(), result=result)],
+        LastRun.objects.bulk_create(
+            [LastRun(name=name, finished_at=Now(), result=result)],
             update_conflicts=True,
             unique_fields=["name"],
             update_fields=["finished_at", "result"],
         )
 
-    @classmethod
-    def claim(cls, name: Job, every: timedelta) -> bool:
+    @staticmethod
+    def claim(name: Job, every: timedelta) -> bool:
         """Whether the job is to be started now: it was not for ``every``. Only one is told so."""
-        cls.objects.bulk_create([cls(name=name)], ignore_conflicts=True)
+        LastRun.objects.bulk_create([LastRun(name=name)], ignore_conflicts=True)
         due = Q(started_at=None) | Q(started_at__lte=Now() - every)
-        return bool(cls.objects.filter(due, name=name).update(started_at=Now()))
+        return bool(LastRun.objects.filter(due, name=name).update(started_at=Now()))

@@ -194,6 +194,7 @@ def test_what_an_owner_chose_is_audited_and_not_for_staff_to_change(
     assert "webhook url: https://hooks.example/… → https://b.example/…" in page
     event = AccountSettings.pgh_event_model.objects.latest("pgh_id")  # type: ignore[attr-defined]
     assert event.pgh_context["username"] == "alice"
+    assert not hasattr(event, "webhook_nonce")
 
 
 @pytest.mark.parametrize("model", [Hold, UsageLog, BreakerTrip, Budget, Lending, Alert])

@@ -113,7 +113,7 @@ def test_the_systems_spending_of_this_hour_is_told_against_its_limit(
     Hold.objects.filter(pk=own.pk).update(own_key=True)
     part = seen(staff)["spending"]
     assert part.state is not None
-    assert (part.state.spent, part.state.held) == (Decimal("5.999"), 2)
+    assert (part.state.spent, part.state.held) == (Decimal("5.999"), Decimal(2))
     assert not part.wrong  # 79.99 %
     assert 'title="$5.999">$6.00' in part.sentence
     assert ">$1.00</span> more was accepted" in part.sentence
