@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import attrgetter
 from typing import Any
 
 from django.conf import settings
@@ -19,8 +20,17 @@ from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
-from billing.ledger_sql import held_column, spent_column
-from billing.limits import BY_NAME, WINDOW_LIMITS, Limit, LimitState, window_end, window_start
+from billing.ledger_sql import counters_array, held_column, rolled_over, spent_column
+from billing.limits import (
+    LIMITS,
+    WINDOW_LIMITS,
+    Limit,
+    LimitState,
+    LimitStates,
+    Window,
+    window_end,
+    window_start,
+)
 from billing.templatetags.money import percent, usd
 from mswap_site.models import LastRun
 from mswap_site.templatetags.times import span
@@ -164,37 +174,62 @@ def spending(reading: Reading) -> Part:
     )
 
 
-FULLEST = f"""
-SELECT a.id, a.external_id, f.name, f.most, f.spent, f.held, count(*) OVER ()
-FROM billing_meter m
-JOIN billing_account a ON a.id = m.account_id
-JOIN billing_tier t ON t.code = a.tier_id
-CROSS JOIN LATERAL (
-    SELECT w.name, w.most, w.spent, w.held, (w.spent + w.held) / w.most AS used
-    FROM (VALUES {
-    ", ".join(
-        f"('{limit.name}', t.{limit.name}::numeric, m.{spent_column(limit)}::numeric,"
-        f" {'0' if held_column(limit) == '0' else f'm.{held_column(limit)}'}::numeric,"
-        f" m.{limit.window}_start = date_trunc('{limit.window}', now(), 'UTC'))"
-        for limit in WINDOW_LIMITS
-        if limit.window != "minute"
+# A minute is over before anybody has looked.
+LASTING = tuple(limit for limit in WINDOW_LIMITS if limit.window != "minute")
+
+
+def this(window: Window) -> str:
+    """SQL: the start of the window that it is now; worked out once and not for each row."""
+    return f"(SELECT date_trunc('{window}', now(), 'UTC'))"
+
+
+def used(limit: Limit) -> str:
+    """SQL: which share of a tier's limit a meter has used; NULL: no such limit, or window over."""
+    most = f"t.{limit.name}" if limit.measure == "usd" else f"t.{limit.name}::float8"
+    return (
+        f"CASE WHEN t.{limit.name} > 0"
+        f" AND m.{limit.window}_start = {this(limit.window)}"
+        f" THEN (m.{spent_column(limit)} + {held_of(limit)}) / {most} END"
     )
-}) w (name, most, spent, held, current)
-    WHERE w.most > 0 AND w.current ORDER BY used DESC LIMIT 1
+
+
+def held_of(limit: Limit) -> str:
+    column = held_column(limit)
+    return column if column == "0" else f"m.{column}"
+
+
+# The meters once, without more than sums; then every limit of the few that are shown.
+FULLEST = f"""
+SELECT a.id, a.external_id, s.at, {counters_array("s")}, f.total
+FROM (
+    SELECT m.account_id, u.used, count(*) OVER () AS total
+    FROM billing_meter m
+    JOIN billing_account a ON a.id = m.account_id
+    JOIN billing_tier t ON t.code = a.tier_id
+    CROSS JOIN LATERAL (SELECT GREATEST({", ".join(used(limit) for limit in LASTING)}) AS used) u
+    WHERE m.day_start = {this("day")} AND u.used >= %(near)s
+    ORDER BY u.used DESC, m.account_id LIMIT %(shown)s
 ) f
-WHERE m.day_start = date_trunc('day', now(), 'UTC') AND f.used >= %(near)s
-ORDER BY f.used DESC, a.id LIMIT %(shown)s
+JOIN billing_account a ON a.id = f.account_id
+JOIN billing_tier t ON t.code = a.tier_id
+JOIN billing_meter m ON m.account_id = a.id
+CROSS JOIN LATERAL (
+    SELECT r.at, {", ".join(f"t.{limit.name}" for limit in LIMITS)}, {rolled_over("r")}
+    FROM (SELECT m.*, now() AS at) r
+) s
+ORDER BY f.used DESC, a.id
 """
 
 
 def limits(reading: Reading) -> Part:
-    """Limits are there to be reached, so this is for information. A minute's is over too soon."""
+    """Limits are there to be reached, so this is for information."""
     found = query(FULLEST, near=NEAR, shown=SHOWN)
     rows = []
-    for account_id, name, limit, most, spent, held, _ in found:
-        kind = BY_NAME[limit]
-        state = LimitState(kind, most, spent, held, window_end(kind.window, reading.at))
-        words = f"{percent(state)} of its {kind.words}"
+    for account_id, name, at, counters, _ in found:
+        states = LimitStates.from_counters(counters, at)
+        lasting = (states[limit.name] for limit in LASTING if states[limit.name].limit)
+        state = max(lasting, key=attrgetter("utilisation"))
+        words = f"{percent(state)} of its {state.kind.words}"
         url = reading.link("billing_account_change", account_id)
         rows.append(Row(name, words, url, state, account_id))
     total = found[0][-1] if found else 0

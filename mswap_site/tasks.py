@@ -27,6 +27,10 @@ def check_ledger() -> int | None:
     """
     if not LastRun.claim(LastRun.Job.LEDGER_CHECK, LEDGER_CHECK_EVERY):
         return None
-    drifts = [str(drift) for drift in find_drift()]
-    LastRun.record(LastRun.Job.LEDGER_CHECK, drifts=len(drifts), examples=drifts[:EXAMPLES])
-    return len(drifts)
+    drifts, examples = 0, []
+    for drift in find_drift():
+        drifts += 1
+        if drifts <= EXAMPLES:
+            examples.append(str(drift))
+    LastRun.record(LastRun.Job.LEDGER_CHECK, drifts=drifts, examples=examples)
+    return drifts
