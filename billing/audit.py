@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 
 from django.db import connection, transaction
 
 from billing import budget_sql
 from billing.limits import WINDOWS
+from billing.money import plain
 
 CHARGED = "CASE WHEN h.own_key THEN 0 ELSE h.charged_usd END"
 HELD = "CASE WHEN h.state = 'open' AND NOT h.own_key THEN h.held_usd ELSE 0 END"
@@ -111,5 +113,7 @@ def find_drift() -> Iterator[Drift]:
         for sql, params in queries:
             cursor.execute(sql, params or None)
             for what, *values in cursor.fetchall():
-                numbers = [str(value) for value in values]
+                numbers = [
+                    plain(value) if isinstance(value, Decimal) else str(value) for value in values
+                ]
                 yield Drift(what, tuple(zip(numbers[::2], numbers[1::2], strict=True)))

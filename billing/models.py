@@ -98,6 +98,8 @@ class Account(models.Model):
         return getattr(self, "saved_settings", None) or AccountSettings(account=self)
 
 
+# The secret of its webhook is derived from the nonce.
+@pghistory.track(exclude=["webhook_nonce"])
 class AccountSettings(models.Model):
     """What an account's owner chose on the settings page; made when first saved."""
 
@@ -128,6 +130,12 @@ class AccountSettings(models.Model):
         max_length=32, blank=True, default="", help_text="The secret is derived from it."
     )
     theme = models.CharField(max_length=6, choices=Theme.choices, default=Theme.SYSTEM)
+
+    class Meta:
+        verbose_name = verbose_name_plural = "account settings"
+
+    def __str__(self) -> str:
+        return f"settings of account {self.account_id}"
 
     @property
     def zone(self) -> ZoneInfo:
@@ -387,3 +395,6 @@ class Alert(models.Model):
                 fields=("account", "limit", "window_start", "level"), name="alert_once"
             ),
         ]
+
+    def __str__(self) -> str:
+        return f"{self.limit} of {self.account} at {self.raised_at:%Y-%m-%d %H:%M}"
