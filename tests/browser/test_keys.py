@@ -15,7 +15,7 @@ from billing.models import Account
 from keys import checks
 from standin.provider import base_url
 from swapper.models import KeyState
-from tests.browser import chromium
+from tests.browser.chromium import chromium
 from tests.conftest import edit, make_account
 from tests.server import ROOT, Server, database_url, running_server
 
