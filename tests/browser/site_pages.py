@@ -16,7 +16,6 @@ from allauth.account.forms import default_token_generator
 from allauth.account.models import EmailAddress, EmailConfirmationHMAC
 from allauth.account.utils import user_pk_to_url_str
 from allauth.mfa.models import Authenticator
-from allauth.mfa.recovery_codes.internal.auth import RecoveryCodes
 from allauth.mfa.totp.internal.auth import TOTP, generate_totp_secret
 from django.contrib.auth.models import User
 from django.db.models import Model
@@ -81,8 +80,8 @@ def url_names() -> set[str]:
 
 @dataclass(frozen=True)
 class Page:
-    """``name``: of its picture. ``who``: nobody, newcomer, owner, guarded (has a second factor),
-    stopped, staff. ``covers``: names of the addresses of which this is the page."""
+    """``name``: of its picture. ``who``: nobody, newcomer, spender (near the limits), owner,
+    guarded (has a second factor), loginless (has no password), stopped, staff. ``covers``: names of the addresses of which this is the page."""
 
     name: str
     who: str
@@ -103,6 +102,8 @@ class Cast:
         self.newcomer = stage.person("newcomer", "FREE")
         self.guarded = stage.person("greta", "CLAWBACK")
         self.stopped = stage.person("stella", "MEOWTRIX")
+        self.spender = stage.person("hattie", "FREE")
+        self.forgetful = stage.person("frieda")  # never signs in
         self.loginless = stage.person("leo", "FREE")
         self.staff = stage.person("sybil", is_staff=True, is_superuser=True)
         account = self.owner.account
@@ -117,22 +118,18 @@ class Cast:
         stage.select(self.owner, estimated_tokens=9000)
         stage.select(self.owner)
         TOTP.activate(self.guarded.user, generate_totp_secret())
-        RecoveryCodes.activate(self.guarded.user)
-        self.passkey = Authenticator.objects.create(
-            user=self.guarded.user,
-            type=Authenticator.Type.WEBAUTHN,
-            data={
-                "name": "Telephone",
-                "credential": {"clientExtensionResults": {"credProps": {"rk": True}}},
-            },
-        )
+        stage.add_passkey(stage.page(self.guarded), "Telephone")
+        self.passkey = Authenticator.objects.get(type=Authenticator.Type.WEBAUTHN)
         self.unverified = EmailAddress.objects.create(
-            user=self.owner.user, email="second@example.test", primary=False, verified=False
+            user=self.newcomer.user, email="second@example.test", primary=False, verified=False
         )
         user = self.loginless.user
         user.set_unusable_password()
         user.save()
-        stage.spend(self.stopped, prompt_tokens=40_000_000)
+        stage.spend_usd(self.stopped, 60)
+        stage.spend(self.spender, 5)
+        stage.spend_usd(self.spender, 0.15)
+        stage.select(self.spender, estimated_tokens=1900)
 
     def person(self, who: str) -> Person | None:
         return None if who == "nobody" else getattr(self, who)  # type: ignore[no-any-return]
@@ -147,6 +144,7 @@ class Cast:
 
         yield page("overview")
         yield page("overview", who="newcomer", as_="overview-empty")
+        yield page("overview", who="spender", as_="overview-warned")
         yield page("activity")
         yield page("activity", who="newcomer", as_="activity-empty")
         yield page("request", self.request)
@@ -183,8 +181,8 @@ class Cast:
         yield page("account_email_verification_sent", **nobody)
         yield page("account_reset_password", **nobody)
         yield page("account_reset_password_done", **nobody)
-        reset = default_token_generator.make_token(self.owner.user)
-        key = (user_pk_to_url_str(self.owner.user), reset)
+        reset = default_token_generator.make_token(self.forgetful.user)
+        key = (user_pk_to_url_str(self.forgetful.user), reset)
         yield page("account_reset_password_from_key", *key, **nobody, as_="new-password")
         expired = (user_pk_to_url_str(self.owner.user), "wrong")
         yield page("account_reset_password_from_key", *expired, **nobody, as_="new-password-late")
@@ -194,7 +192,7 @@ class Cast:
         yield page("account_confirm_email", "wrong", **nobody, as_="confirm-email-late")
         yield page("account_logout")
         yield page("account_reauthenticate", who="newcomer")
-        yield page("account_email")
+        yield page("account_email", who="newcomer")
         yield page("account_change_password")
         yield page("account_set_password", who="loginless")
         yield page("mfa_index")

@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from allauth.account.internal.flows.login import record_authentication
 from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
 from django.core.management import call_command
+from django.http import HttpRequest
 from django.test import Client
 
 from billing.accounts import account_get_or_create
 from billing.models import Account
-from keys.tokens import token_create
-from mswap_site.management.commands.run import at_stand_in
-from tests.browser.chromium import chromium
-from tests.conftest import seed_tiers
-from tests.server import ROOT, Server, database_url, running_server
+from swapper.models import Model as SystemModel
+from tests.server import ROOT, Server
 
 PASSWORD = "correct horse battery staple"
 WAIT_MS = 20_000
@@ -83,10 +82,9 @@ class Stage:
             client.force_login(
                 person.user, backend="django.contrib.auth.backends.ModelBackend"
             )
-            session = client.session
-            session["account_authentication_methods"] = [
-                {"method": "password", "at": time.time(), "email": person.email}
-            ]
+            request = HttpRequest()
+            request.session = session = client.session
+            record_authentication(request, person.user, "password", reauthenticated=True)
             session.save()
             cookie = {"name": settings.SESSION_COOKIE_NAME, "value": session.session_key}
             context.add_cookies([{**cookie, "url": self.url}])
@@ -98,6 +96,24 @@ class Stage:
         page = self.context(person, **options).new_page()
         self.listen(page)
         return page
+
+    def passkeys(self, page: Any) -> None:
+        """Give the page's device a fingerprint reader that always says yes."""
+        device = page.context.new_cdp_session(page)
+        device.send("WebAuthn.enable")
+        options = {"protocol": "ctap2", "transport": "internal"}
+        can = ("hasResidentKey", "hasUserVerification", "isUserVerified")
+        device.send(
+            "WebAuthn.addVirtualAuthenticator",
+            {"options": {**options, **dict.fromkeys(can, True), "automaticPresenceSimulation": True}},
+        )
+
+    def add_passkey(self, page: Any, name: str) -> None:
+        self.passkeys(page)
+        page.goto("/accounts/2fa/webauthn/add/")
+        page.get_by_label("Name").fill(name)
+        page.get_by_role("button", name="Add it").click()
+        page.get_by_text("The passkey is added.").wait_for()
 
     def listen(self, page: Any) -> None:
         def heard(said: Any) -> None:
@@ -133,6 +149,15 @@ class Stage:
             assert reported.status == 201, reported.body
             ids.append(answer.json["request_id"])
         return ids
+
+    def spend_usd(self, person: Person, usd: float) -> None:
+        """Spend about so much at once: another, dear model answered, at great length."""
+        ours = SystemModel.objects.filter(provider__account=None, price__isnull=False)
+        dear = ours.order_by("-cost_per_1k_prompt_tokens").first()
+        assert dear is not None
+        tokens = int(usd * 1000 / float(dear.cost_per_1k_prompt_tokens))
+        said = {"prompt_tokens": tokens, "completion_tokens": 0}
+        self.spend(person, model_id=str(dear.pk), **said)
 
     def mail_to(self, email: str, subject: str, seconds: float = 20) -> str:
         """The text of a mail that was sent to ``email``; waits for it."""
