@@ -44,7 +44,7 @@ def stage(
         addresses = at_stand_in(provider)
         variables = {
             **addresses,
-            "EMAIL_URL": f"filemail:///{str(mails).lstrip('/')}",
+            "EMAIL_URL": f"filemail:///{mails}",
             # The worker's messages and the counts of attempts: its own, not those of `make run`.
             "MSWAP_DATA_DIR": str(folder),
             # Playwright runs an event loop in this thread: to Django an async view.
@@ -65,15 +65,15 @@ def stage(
         _, token = token_create("automodel", ("select", "usage", "keys:use", "accounts:write"))
         url = database_url()
         server = stack.enter_context(running_server(url, folder / "server.log"))
-        worker = ["-A", "mswap_site", "worker", "--pool", "threads", "-c", "2", "--beat"]
-        worker += ["--schedule", str(folder / "beat"), "--without-gossip", "--without-mingle"]
         log = stack.enter_context((folder / "worker.log").open("wb"))
-        stack.enter_context(
-            started(
-                [sys.executable, "-m", "celery", *worker],
-                env={**os.environ, "DATABASE_URL": url, "MSWAP_ENV": "development"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
+        worker = ["worker", "--pool", "threads", "-c", "2", "--without-gossip", "--without-mingle"]
+        for command in (worker, ["beat", "-s", str(folder / "beat")]):
+            stack.enter_context(
+                started(
+                    [sys.executable, "-m", "celery", "-A", "mswap_site", *command],
+                    env={**os.environ, "DATABASE_URL": url, "MSWAP_ENV": "development"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
             )
-        )
         yield Stage(server, browser, provider, mails, token)

@@ -8,26 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
-from uuid import uuid4
 
 from allauth.account.forms import default_token_generator
 from allauth.account.models import EmailAddress, EmailConfirmationHMAC
 from allauth.account.utils import user_pk_to_url_str
 from allauth.mfa.models import Authenticator
 from allauth.mfa.totp.internal.auth import TOTP, generate_totp_secret
-from django.contrib.auth.models import User
-from django.db.models import Model
 from django.template.loader import render_to_string
 from django.urls import URLPattern, URLResolver, get_resolver, reverse
 
-from billing import ledger
-from billing.models import BreakerTrip, Tier
+from billing.models import BreakerTrip
 from keys import checks
 from keys.demo import seed_keys
 from keys.tokens import token_create
-from swapper.models import Provider
 from tests.browser.stage import PASSWORD, Person, Stage
 
 ADMIN = {"index", "app_list", "changelist", "add", "change", "history", "delete"}
@@ -80,8 +74,11 @@ def url_names() -> set[str]:
 
 @dataclass(frozen=True)
 class Page:
-    """``name``: of its picture. ``who``: nobody, newcomer, spender (near the limits), owner,
-    guarded (has a second factor), loginless (has no password), stopped, staff. ``covers``: names of the addresses of which this is the page."""
+    """``who`` sees it: nobody, newcomer, spender (near the limits), owner (of keys), guarded (has a
+    second factor), loginless (has no password), stopped, or staff.
+
+    ``name``: of its picture. ``covers``: names of the addresses of which this is the page.
+    """
 
     name: str
     who: str
@@ -132,7 +129,7 @@ class Cast:
         stage.select(self.spender, estimated_tokens=1900)
 
     def person(self, who: str) -> Person | None:
-        return None if who == "nobody" else getattr(self, who)  # type: ignore[no-any-return]
+        return None if who == "nobody" else getattr(self, who)
 
     def pages(self) -> list[Page]:
         return [*self.our_pages(), *self.sign_in_pages(), *self.errors(), *self.admin_pages()]

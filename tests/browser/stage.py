@@ -19,13 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 from allauth.account.internal.flows.login import record_authentication
 from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
-from django.core.management import call_command
 from django.http import HttpRequest
 from django.test import Client
 
@@ -79,9 +77,7 @@ class Stage:
         context.set_default_timeout(WAIT_MS)
         if person:
             client = Client()
-            client.force_login(
-                person.user, backend="django.contrib.auth.backends.ModelBackend"
-            )
+            client.force_login(person.user, backend="django.contrib.auth.backends.ModelBackend")
             request = HttpRequest()
             request.session = session = client.session
             record_authentication(request, person.user, "password", reauthenticated=True)
@@ -101,12 +97,15 @@ class Stage:
         """Give the page's device a fingerprint reader that always says yes."""
         device = page.context.new_cdp_session(page)
         device.send("WebAuthn.enable")
-        options = {"protocol": "ctap2", "transport": "internal"}
-        can = ("hasResidentKey", "hasUserVerification", "isUserVerified")
-        device.send(
-            "WebAuthn.addVirtualAuthenticator",
-            {"options": {**options, **dict.fromkeys(can, True), "automaticPresenceSimulation": True}},
-        )
+        options = {
+            "protocol": "ctap2",
+            "transport": "internal",
+            "hasResidentKey": True,
+            "hasUserVerification": True,
+            "isUserVerified": True,
+            "automaticPresenceSimulation": True,
+        }
+        device.send("WebAuthn.addVirtualAuthenticator", {"options": options})
 
     def add_passkey(self, page: Any, name: str) -> None:
         self.passkeys(page)
@@ -126,7 +125,7 @@ class Stage:
 
     def select(self, person: Person, **asked: Any) -> Any:
         body = {"task_type": "chat", "user_id": person.user.username, "estimated_tokens": 1000}
-        return self.server.post("select-model", {**body, **asked}, token=self.token)
+        return self.post("select-model", {**body, **asked})
 
     def report(self, selection: dict[str, Any], **said: Any) -> Any:
         body = {
@@ -137,7 +136,14 @@ class Stage:
             "completion_tokens": 300,
             "latency_ms": 850,
         }
-        return self.server.post("usage", {**body, **said}, token=self.token)
+        return self.post("usage", {**body, **said})
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """As AutoModel. The server closes a connection that was idle for long."""
+        try:
+            return self.server.post(path, body, token=self.token)
+        except ConnectionError:
+            return self.server.post(path, body, token=self.token)
 
     def spend(self, person: Person, times: int = 1, **said: Any) -> list[str]:
         """Select and report; the ids of the requests."""
@@ -171,6 +177,11 @@ class Stage:
         raise AssertionError(f"no mail “{subject}” to {email}")
 
 
+def says(locator: Any, words: str) -> None:
+    """Wait until ``words`` are seen there."""
+    locator.get_by_text(words).first.wait_for(state="visible")
+
+
 @cache
 def hashed() -> str:
     """The password as it is stored: hashing takes half a second, so once."""
@@ -184,12 +195,9 @@ def started(command: list[str], **options: Any) -> Iterator[Any]:
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+        # At once: what it was about to do is of no use any more.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
 
 
 @contextmanager

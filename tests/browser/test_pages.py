@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.server import ROOT
 from tests.browser.site_pages import NO_PAGES, Cast, Page, url_names
 from tests.browser.stage import DESKTOP, Stage
+from tests.server import ROOT
 
 AXE = (ROOT / "tests/vendor/axe-4.14.1.min.js").read_text()
 PHONE = {"width": 390, "height": 844}
