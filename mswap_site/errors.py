@@ -9,7 +9,15 @@ from typing import Any
 
 from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.db import DatabaseError, InterfaceError, OperationalError
-from django.http import BadHeaderError, Http404, HttpRequest, JsonResponse, UnreadablePostError
+from django.http import (
+    BadHeaderError,
+    Http404,
+    HttpRequest,
+    HttpResponse,
+    JsonResponse,
+    UnreadablePostError,
+)
+from django.template.loader import render_to_string
 from django.views.debug import SafeExceptionReporterFilter
 from rest_framework import exceptions
 from rest_framework.response import Response
@@ -144,17 +152,39 @@ class ReportFilter(SafeExceptionReporterFilter):
         return dict[str, Any]().items()
 
 
-def not_found(request: HttpRequest, exception: Exception | None = None) -> JsonResponse:
-    """handler404: the same shape for an address that no route knows."""
-    return JsonResponse(NotFound("No such address.").body(), status=404)
+def not_found(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:
+    """handler404: an address that no route knows, or what is another's."""
+    if for_programs(request):
+        return JsonResponse(NotFound("No such address.").body(), status=404)
+    return HttpResponse(render_to_string("404.html", request=request), status=404)
 
 
-def bad_request(request: HttpRequest, exception: Exception | None = None) -> JsonResponse:
+def forbidden(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:
+    """handler403: a page that only others may see."""
+    if for_programs(request):
+        return JsonResponse(Forbidden("This is not yours to do.").body(), status=403)
+    return HttpResponse(render_to_string("403.html", request=request), status=403)
+
+
+# The two below may be all that still works: no session, no database, no word of the request.
+
+
+def bad_request(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:
     """handler400: a Host header, say, that is not ours."""
-    return JsonResponse(Invalid("The request can't be accepted.").body(), status=400)
+    if for_programs(request):
+        return JsonResponse(Invalid("The request can't be accepted.").body(), status=400)
+    return HttpResponse(render_to_string("400.html"), status=400)
 
 
-def server_error(request: HttpRequest) -> JsonResponse:
+def server_error(request: HttpRequest) -> HttpResponse:
     """handler500: the last resort outside DRF (a page, a middleware)."""
-    error = MswapError("This is a defect of ours; it has been logged.", code="internal", status=500)
-    return JsonResponse(error.body(), status=500)
+    if for_programs(request):
+        error = MswapError(
+            "This is a defect of ours; it has been logged.", code="internal", status=500
+        )
+        return JsonResponse(error.body(), status=500)
+    return HttpResponse(render_to_string("500.html"), status=500)
+
+
+def for_programs(request: HttpRequest) -> bool:
+    return request.path.startswith("/api/")

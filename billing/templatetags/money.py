@@ -104,6 +104,12 @@ def rate(value: Decimal) -> str:
 
 
 @register.filter
+def per_million(per_thousand: Decimal) -> Decimal:
+    """A price as price lists quote it: of 1M tokens; stored are prices of 1,000."""
+    return per_thousand * 1000
+
+
+@register.filter
 def percent(state: LimitState) -> str:
     """How much of a limit is spent and held, rounded down: 100 % is really all of it."""
     return f"{int(state.utilisation * 100)} %"

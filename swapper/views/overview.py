@@ -118,7 +118,7 @@ def tier_rows(tier: Tier, next_tier: Tier | None) -> Iterator[TierRow]:
         for limit in sorted(LIMITS, key=lambda limit: list(WINDOWS).index(limit.window))
     ]
     fields += [
-        ("max_price_per_1k_usd", "dearest model, per 1,000 tokens", "usd"),
+        ("max_price_per_1k_usd", "dearest model, per 1M tokens", "price"),
         ("own_keys", "own provider keys", "bool"),
         ("full_provider_config", "own addresses and model lists", "bool"),
     ]
