@@ -18,10 +18,11 @@ from django.template.response import TemplateResponse
 from django.urls import path, reverse
 from pghistory.core import event_models
 
-from billing import ledger
+from billing import correction_admin, ledger  # noqa: F401 (registers itself)
 from billing.accounts import make_meter
 from billing.models import Account, AccountSettings, Alert, BreakerTrip, Budget, Hold, Tier
 from billing.money import plain
+from billing.preview_admin import TierPreview
 
 
 def usd(field: str, label: str = "") -> Any:
@@ -164,7 +165,7 @@ class EventAdmin(ReadOnly, WebhookOrigin):
 
 
 @admin.register(Tier)
-class TierAdmin(Audited):
+class TierAdmin(TierPreview, Audited):
     list_display = (
         "code",
         usd("usd_per_day"),

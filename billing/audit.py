@@ -21,7 +21,7 @@ SELECT 'meter ' || %(window)s || ' of ' || a.external_id,
     m.{w}_tokens, s.tokens, m.{w}_tokens_held, s.tokens_held
 FROM billing_meter m JOIN billing_account a ON a.id = m.account_id
 CROSS JOIN LATERAL (
-    SELECT COALESCE(sum({charged}), 0) AS spent, COALESCE(sum({held}), 0) AS held,
+    SELECT COALESCE(sum({charged}), 0) + {corrected} AS spent, COALESCE(sum({held}), 0) AS held,
         count(*) AS requests, COALESCE(sum(h.charged_tokens), 0) AS tokens,
         COALESCE(sum(h.held_tokens) FILTER (WHERE h.state = 'open'), 0) AS tokens_held
     FROM billing_hold h
@@ -32,16 +32,28 @@ WHERE (m.{w}_usd_spent, m.{w}_usd_held, m.{w}_requests, m.{w}_tokens, m.{w}_toke
     IS DISTINCT FROM (s.spent, s.held, s.requests, s.tokens, s.tokens_held)
 """
 
+# In windows of whole hours: a correction counts in no minute.
+CORRECTED = """COALESCE((
+        SELECT sum(c.usd) FROM billing_correction c
+        WHERE c.account_id = m.account_id AND c.hour >= m.{w}_start
+            AND c.hour < m.{w}_start + ('1 ' || %(window)s)::interval), 0)"""
+
 ACCOUNT_HOURS = f"""
 SELECT 'hour ' || to_char(hour, 'YYYY-MM-DD HH24:00') || ' of ' || a.external_id,
     COALESCE(r.system_usd, 0), s.system_usd, COALESCE(r.own_usd, 0), s.own_usd,
     COALESCE(r.requests, 0), s.requests, COALESCE(r.tokens, 0), s.tokens
 FROM billing_accounthour r
 FULL JOIN (
-    SELECT h.account_id, date_trunc('hour', h.admitted_at, 'UTC') AS hour,
-        sum({CHARGED}) AS system_usd, sum(h.charged_usd - {CHARGED}) AS own_usd,
-        count(*) AS requests, sum(h.charged_tokens) AS tokens
-    FROM billing_hold h WHERE h.state <> 'open' GROUP BY 1, 2
+    SELECT account_id, hour, sum(system_usd) AS system_usd, sum(own_usd) AS own_usd,
+        sum(requests) AS requests, sum(tokens) AS tokens
+    FROM (
+        SELECT h.account_id, date_trunc('hour', h.admitted_at, 'UTC') AS hour,
+            {CHARGED} AS system_usd, h.charged_usd - {CHARGED} AS own_usd,
+            1 AS requests, h.charged_tokens AS tokens
+        FROM billing_hold h WHERE h.state <> 'open'
+        UNION ALL
+        SELECT account_id, hour, usd, 0, 0, 0 FROM billing_correction
+    ) r GROUP BY account_id, hour
 ) s USING (account_id, hour)
 JOIN billing_account a ON a.id = account_id
 WHERE (r.system_usd, r.own_usd, r.requests, r.tokens)
@@ -105,7 +117,15 @@ def find_drift() -> Iterator[Drift]:
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         queries: list[tuple[str, dict[str, str]]] = [
-            (METER.format(w=window, charged=CHARGED, held=HELD), {"window": window})
+            (
+                METER.format(
+                    w=window,
+                    charged=CHARGED,
+                    held=HELD,
+                    corrected="0" if window == "minute" else CORRECTED.format(w=window),
+                ),
+                {"window": window},
+            )
             for window in WINDOWS
         ]
         queries += [(BUDGETS.format(w=window), {"window": window}) for window in budget_sql.WINDOWS]

@@ -1,4 +1,5 @@
 """The only writer of money: hold, settle, release, expire; emergency stops and their reset.
+Corrections by staff are in ``corrections.py``, under the same rules.
 
 Why it cannot overspend. A hold is one statement. It locks the account's meter row, rolls its
 windows over, compares ``spent + held + asked`` with every limit and, only if all hold, adds to

@@ -228,6 +228,11 @@ def outside_the_chain(model_id: str, stored: Stored, row: Any) -> tuple[int, str
 
 def repeated(row: Any, digest: bytes) -> dict[str, Any]:
     """The answer that the first report got. Raises Conflict for another report."""
+    if row.state == Hold.State.EXPIRED:
+        raise Conflict(
+            "Nobody reported this request in time, and its charge was corrected since.",
+            code="already_reported",
+        )
     if bytes(row.report_digest or b"") != digest:
         raise Conflict(
             "This request was already reported, with other content.", code="already_reported"
