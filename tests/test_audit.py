@@ -163,7 +163,7 @@ def test_what_was_there_before_the_audit_is_its_baseline(rows: dict[str, Any]) -
         sql(f"TRUNCATE {model._meta.db_table}")
     for migration in (
         "billing.migrations.0004_audit",
-        "billing.migrations.0006_audit_settings",
+        "billing.migrations.0007_audit_settings",
         "swapper.migrations.0005_audit",
     ):
         with connection.schema_editor() as editor:

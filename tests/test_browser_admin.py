@@ -14,7 +14,7 @@ from django.urls import reverse
 
 from billing.models import Account
 from mswap_site.models import LastRun
-from tests.browser import chromium
+from tests.browser.chromium import chromium
 from tests.conftest import limits
 from tests.server import database_url, running_server
 from tests.test_admin import page_of, trip

@@ -19,7 +19,7 @@ def write_baseline(apps, schema_editor):
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("billing", "0005_account_settings"),
+        ("billing", "0006_corrections"),
     ]
 
     operations = [
