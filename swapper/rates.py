@@ -60,7 +60,7 @@ SELECT (SELECT minute FROM claimed) AS minute, COALESCE((
 ), '') AS "full"
 """)
 
-# Never below nothing: what a report takes back may have been a minute that was pruned.
+# Never below nothing: what is taken back may be of a minute that was pruned.
 ADD = Statement("""
 INSERT INTO swapper_providerminute AS m (provider_id, minute, requests, tokens)
 VALUES (%(provider)s::uuid, %(minute)s::timestamptz, GREATEST(0, %(requests)s::bigint),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import Permission, User
-from django.db import connection
+from django.db import connection, transaction
 from django.test import Client
 from django.utils import timezone
 
@@ -18,6 +20,7 @@ from swapper import explanation
 from swapper.decision import EXPLANATION
 from swapper.usage import expire_overdue
 from tests.conftest import Caller, Shelf, caller, edit, limits
+from tests.ledger_world import drifts, in_threads
 
 
 def told(automodel: Caller, selection: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +200,7 @@ def test_an_explanation_is_dropped_when_its_days_are_over_and_what_it_cost_is_no
 def test_a_late_report_corrects_a_selection_without_its_explanation(
     automodel: Caller, alice: Account, shelf: Shelf
 ):
-    selection = automodel.select(priority="low").json()
+    selection = automodel.select(priority="critical").json()
     edit(Hold.objects.get(), expires_at=timezone.now() - timedelta(seconds=1))
     expire_overdue()
     age(selection, 31)
@@ -209,6 +212,35 @@ def test_a_late_report_corrects_a_selection_without_its_explanation(
     assert record["hold"]["state"] == "settled"
     assert Decimal(record["hold"]["charged"]) == Decimal(answer.json()["cost"])
     assert explanation.prune() == 0, "there is nothing left to drop"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_report_that_comes_while_its_explanation_is_dropped_is_charged_once(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    selection = automodel.select(priority="critical").json()
+    edit(Hold.objects.get(), expires_at=timezone.now() - timedelta(seconds=1))
+    expire_overdue()
+    age(selection, 31)
+    locked = threading.Event()
+
+    def work(index: int) -> int:
+        if index == 1:
+            assert locked.wait(10)
+            report = automodel.report(selection, prompt_tokens=1, completion_tokens=1)
+            return int(report.status_code)
+        with transaction.atomic():
+            pruned = explanation.prune()
+            locked.set()
+            time.sleep(0.3)  # the report waits for this row meanwhile
+        return pruned
+
+    assert in_threads(2, work) == [1, 201]
+    record = told(automodel, selection)
+    assert (record["explanation"], record["hold"]["state"]) == (None, "settled")
+    assert record["hold"]["charged"] == "0.00004"
+    assert len(record["calls"]) == 1
+    assert drifts() == []
 
 
 def test_many_are_dropped_in_batches_and_found_by_index(

@@ -137,30 +137,36 @@ def test_a_repeated_request_claims_once(automodel: Caller, alice: Account, shelf
     assert counted(provider) == (1, 1000)
 
 
-def test_a_report_puts_real_tokens_in_the_place_of_estimated_ones(
-    automodel: Caller, alice: Account, shelf: Shelf
+def reports_come_at(at: datetime, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = rates.reported
+    monkeypatch.setattr(rates, "reported", lambda *args: reported(*args[:-1], at))
+
+
+def test_a_report_in_the_same_minute_puts_real_figures_in_the_place_of_the_claim(
+    automodel: Caller, alice: Account, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ):
+    reports_come_at(FAR + timedelta(seconds=20), monkeypatch)
+    provider = rate(shelf, "large", requests_per_minute=5)
+    automodel.report(
+        automodel.select(priority="critical").json(), prompt_tokens=100, completion_tokens=20
+    )
+    assert counted(provider) == (1, 120)
+
+
+def test_a_fallback_counts_when_it_was_called(
+    automodel: Caller, alice: Account, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+):
+    reports_come_at(FAR + timedelta(minutes=5), monkeypatch)
     provider = rate(shelf, "large", requests_per_minute=5)
     other = rate(shelf, "medium", tokens_per_minute=100_000)
-    stored = _claimed_now(automodel)
-    automodel.report(stored, prompt_tokens=100, completion_tokens=20)
-    assert counted(provider) == (1, 120)
-    # It fell back: both were called, and the claim's provider answered nothing.
-    stored = _claimed_now(automodel)
-    fallback = next(one for one in stored["fallback_models"] if one["name"] == "medium")
-    attempt = {"model_id": stored["selected_model_id"], "error_kind": "timeout"}
-    automodel.report(stored, model_id=fallback["id"], attempts=[attempt])
-    assert (counted(provider), counted(other)) == ((2, 120), (1, 1000))
-
-
-def _claimed_now(automodel: Caller) -> dict[str, Any]:
-    """A selection whose claim is in the minute of the database's clock, in a stopped one."""
-    answer = automodel.select(priority="critical").json()
-    hold = Hold.objects.get(pk=answer["request_id"])
-    minute = timezone.now().replace(second=0, microsecond=0)
-    ProviderMinute.objects.update(minute=minute)
-    edit(hold, context={**hold.context, "rate_minute": minute.isoformat()})
-    return dict(answer)
+    selection = automodel.select(priority="critical").json()
+    fallback = next(one for one in selection["fallback_models"] if one["name"] == "medium")
+    attempt = {"model_id": selection["selected_model_id"], "error_kind": "timeout"}
+    automodel.report(selection, model_id=fallback["id"], attempts=[attempt])
+    # The claim's minute is over: it stands.
+    assert (counted(provider), counted(other)) == ((1, 1000), (1, 1000))
+    assert ProviderMinute.objects.get(provider=provider).minute == FAR.replace(second=0)
+    assert ProviderMinute.objects.get(provider=other).minute > FAR
 
 
 # --- What it costs ---------------------------------------------------------------------------
