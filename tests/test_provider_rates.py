@@ -139,7 +139,9 @@ def test_a_repeated_request_claims_once(automodel: Caller, alice: Account, shelf
 
 def reports_come_at(at: datetime, monkeypatch: pytest.MonkeyPatch) -> None:
     reported = rates.reported
-    monkeypatch.setattr(rates, "reported", lambda *args: reported(*args[:-1], at))
+    monkeypatch.setattr(
+        rates, "reported", lambda limited, stored, calls, _: reported(limited, stored, calls, at)
+    )
 
 
 def test_a_report_in_the_same_minute_puts_real_figures_in_the_place_of_the_claim(
