@@ -20,7 +20,7 @@ from pghistory.core import event_models
 
 from billing import correction_admin, ledger  # noqa: F401 (registers itself)
 from billing.accounts import make_meter
-from billing.models import Account, AccountSettings, Alert, BreakerTrip, Budget, Hold, Tier
+from billing.models import Account, AccountSettings, Alert, BreakerTrip, Budget, Tier
 from billing.money import plain
 from billing.preview_admin import TierPreview
 
@@ -269,36 +269,6 @@ class AlertAdmin(ReadOnly):
     search_help_text = "A whole user id."
     list_select_related = ("account",)
     show_full_result_count = False
-
-
-@admin.register(Hold)
-class HoldAdmin(ReadOnly):
-    list_display = (
-        "admitted_at",
-        "account",
-        "state",
-        usd("held_usd", "held, USD"),
-        usd("charged_usd", "charged, USD"),
-        "remarks",
-        "expires_at",
-        "id",
-    )
-    list_filter = ("state", "overrun", "unreported", "own_key")
-    search_fields = ("id", "account__external_id")
-    list_select_related = ("account",)
-    date_hierarchy = "admitted_at"
-    show_full_result_count = False
-
-    @admin.display(description="remarks")
-    def remarks(self, hold: Hold) -> str:
-        marks = {
-            "overrun": hold.overrun,
-            "unreported": hold.unreported,
-            "own key": hold.own_key,
-        }
-        return ", ".join(word for word, is_so in marks.items() if is_so) or "–"
-
-    exclude = ("request_digest", "report_digest", "counters", "ended_counters")
 
 
 @admin.register(Budget)

@@ -229,6 +229,9 @@ class Hold(models.Model):
     request_digest = models.BinaryField(null=True)
     report_digest = models.BinaryField(null=True)
     context = models.JSONField(default=dict, help_text="What the caller stored; opaque here.")
+    pruned_at = models.DateTimeField(
+        null=True, help_text="When what the context says for a while only was dropped."
+    )
     # limit, spent, held of every limit (in the order of limits.LIMITS) right after the hold was
     # placed and after it ended: a repeated request gets the very same answer.
     counters = ArrayField(
@@ -243,6 +246,11 @@ class Hold(models.Model):
         indexes = [
             models.Index(F("account"), F("admitted_at").desc(), name="hold_account_admitted"),
             models.Index(fields=("expires_at",), condition=Q(state="open"), name="hold_open"),
+            models.Index(
+                fields=("ended_at",),
+                condition=Q(ended_at__isnull=False, pruned_at__isnull=True),
+                name="hold_to_prune",
+            ),
         ]
         constraints = [
             models.UniqueConstraint(

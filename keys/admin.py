@@ -63,6 +63,8 @@ class ProviderAdmin(Audited, OneLine):
         "organization_id",
         "enabled",
         "priority",
+        "requests_per_minute",
+        "tokens_per_minute",
         "regions",
         "metadata",
         "key",
@@ -101,8 +103,12 @@ class ProviderAdmin(Audited, OneLine):
     def get_readonly_fields(
         self, request: HttpRequest, obj: Provider | None = None
     ) -> tuple[str, ...]:
-        # A key is sealed for its provider's type.
-        return (*self.readonly_fields, "provider_type") if obj else self.readonly_fields
+        if obj is None:
+            return self.readonly_fields
+        # A key is sealed for its provider's type. What an account's own key may send in a minute
+        # is between its owner and the provider.
+        limits = ("requests_per_minute", "tokens_per_minute") if obj.account_id else ()
+        return (*self.readonly_fields, "provider_type", *limits)
 
     @method_decorator(sensitive_post_parameters("new_api_key"))
     def changeform_view(self, *args: Any, **kwargs: Any) -> HttpResponse:

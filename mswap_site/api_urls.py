@@ -12,6 +12,7 @@ urlpatterns = [
     path("modelswapper/select-model", api.SelectModel.as_view(), name="select-model"),
     path("modelswapper/usage", api.Usage.as_view(), name="usage"),
     path("modelswapper/me", api.Me.as_view(), name="me"),
+    path("modelswapper/selections/<uuid:request_id>", api.Selection.as_view(), name="selection"),
     path(
         "modelswapper/selections/<uuid:request_id>/credentials",
         keys.Credentials.as_view(),

@@ -38,6 +38,10 @@ SYSTEM_HOURLY_LIMIT_USD = Decimal(env.str("SYSTEM_HOURLY_LIMIT_USD", default="10
 # How often each process asks whether the catalogue changed, in seconds. SPEC: two at most.
 CATALOGUE_POLL_SECONDS = env.float("CATALOGUE_POLL_SECONDS", default=0.5)
 
+# For how many days after its end a selection can be explained in full: what was asked, who was
+# considered, who was not.
+EXPLANATION_DAYS = env.int("EXPLANATION_DAYS", default=30)
+
 # --- Database ------------------------------------------------------------------------------
 required("DATABASE_URL", "postgres://user:password@host:port/name of ModelSwapper's database")
 DATABASES = {"default": env.db_url("DATABASE_URL")}
@@ -295,6 +299,11 @@ CELERY_BEAT_SCHEDULE = {
         "task": "keys.tasks.tell_owners",
         "schedule": schedule(timedelta(seconds=60)),
         "options": {"expires": 60},
+    },
+    "prune": {
+        "task": "swapper.tasks.prune",
+        "schedule": schedule(timedelta(minutes=10)),
+        "options": {"expires": 600},
     },
     "tell-limits": {
         "task": "keys.tasks.tell_limits",

@@ -1,16 +1,23 @@
-"""Staff's view of models, tasks and usage. Providers have keys: see ``keys.admin``."""
+"""Staff's view of models, tasks, usage and holds. Providers have keys: see ``keys.admin``."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
+from uuid import UUID
 
 from django.contrib import admin
 from django.contrib.admin import ModelAdmin
 from django.contrib.admin.widgets import AdminTextInputWidget
+from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet, TextField
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404
+from django.template.response import TemplateResponse
+from django.urls import path
 
 from billing.admin import ReadOnly, usd
+from billing.models import Hold
+from swapper import history
 from swapper.catalogue import record_changed_prices
 from swapper.models import Model, Price, TaskType, UsageLog
 
@@ -104,3 +111,52 @@ class UsageLogAdmin(ReadOnly):
     list_select_related = ("model", "task_type")
     date_hierarchy = "created_at"
     show_full_result_count = False
+
+
+@admin.register(Hold)
+class HoldAdmin(ReadOnly):
+    """Here and not with the other money, because its page "why" knows models."""
+
+    list_display = (
+        "admitted_at",
+        "account",
+        "state",
+        usd("held_usd", "held, USD"),
+        usd("charged_usd", "charged, USD"),
+        "remarks",
+        "expires_at",
+        "id",
+    )
+    list_filter = ("state", "overrun", "unreported", "own_key")
+    search_fields = ("id", "account__external_id")
+    list_select_related = ("account",)
+    date_hierarchy = "admitted_at"
+    show_full_result_count = False
+
+    @admin.display(description="remarks")
+    def remarks(self, hold: Hold) -> str:
+        marks = {
+            "overrun": hold.overrun,
+            "unreported": hold.unreported,
+            "own key": hold.own_key,
+        }
+        return ", ".join(word for word, is_so in marks.items() if is_so) or "–"
+
+    exclude = ("request_digest", "report_digest", "counters", "ended_counters")
+
+    def get_urls(self) -> list[Any]:
+        why = path(
+            "<uuid:request_id>/why/",
+            self.admin_site.admin_view(self.why_view),
+            name="billing_hold_why",
+        )
+        return [why, *super().get_urls()]
+
+    def why_view(self, request: HttpRequest, request_id: UUID) -> HttpResponse:
+        """The page of a request that its owner sees, for staff who may see holds."""
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        hold = get_object_or_404(Hold, pk=request_id)
+        story = history.request_story(hold.account_id, request_id)
+        context = {"story": story, "hold": story.hold}
+        return TemplateResponse(request, "admin/billing/hold/why.html", context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 from typing import Any, ClassVar
+from uuid import UUID
 
 from django.contrib.auth import get_user
 from django.http import HttpResponse
@@ -16,7 +17,17 @@ from billing.accounts import account_set_fallback
 from billing.money import plain
 from mswap_site.errors import Invalid, MswapError, NotFound
 from mswap_site.rendering import encoder
-from swapper import context, health, messages, openapi, own_keys, services, totals, usage
+from swapper import (
+    context,
+    explanation,
+    health,
+    messages,
+    openapi,
+    own_keys,
+    services,
+    totals,
+    usage,
+)
 from swapper.catalogue import catalogue
 from swapper.context import Caller, caller_of
 
@@ -178,6 +189,23 @@ class Usage(JsonView):
                 },
             }
         )
+
+
+class Selection(JsonView):
+    """One selection: what was asked, who was considered, and how it ended."""
+
+    scope: ClassVar[str] = "usage"
+    context = context.HOLD_CONTEXT
+
+    def context_params(self, request: Request) -> dict[str, Any]:
+        return {"request_id": self.kwargs["request_id"]}
+
+    @openapi.read_selection
+    def get(self, request: Request, request_id: UUID) -> HttpResponse:
+        row = caller_of(request).row
+        if row.hold_id is None:
+            raise NotFound("There is no such request_id, or it is not yours.")
+        return json_response(explanation.record(row.account_id, row.external_id, request_id))
 
 
 class Me(JsonView):

@@ -15,7 +15,9 @@ from swapper import refusals, selection
 from swapper.catalogue import Snapshot, Task
 from swapper.context import Caller
 from swapper.decision import Stored, answer_of, encoder
+from swapper.explanation import explanation_of
 from swapper.messages import SelectRequest
+from swapper.rates import Claim
 from swapper.selection import Choice, Ranking
 
 
@@ -61,9 +63,29 @@ class Asking:
         )
 
     def hold(
-        self, choice: Choice, stored: Stored, budgets: Sequence[str] = ()
+        self,
+        choice: Choice,
+        stored: Stored,
+        budgets: Sequence[str] = (),
+        claim: Claim | None = None,
     ) -> ledger.Placed | ledger.Refused:
-        """Set aside what ``choice`` may cost, on system keys or on the keys of ``budgets``."""
+        """Set aside what ``choice`` may cost, on system keys or on the keys of ``budgets``.
+
+        Where that is refused, ``claim`` is given back.
+        """
+        try:
+            result = self._hold(choice, stored, budgets)
+        except ledger.DuplicateKey:
+            if claim is not None:
+                claim.give_back()
+            raise
+        if claim is not None and isinstance(result, ledger.Refused):
+            claim.give_back()
+        return result
+
+    def _hold(
+        self, choice: Choice, stored: Stored, budgets: Sequence[str]
+    ) -> ledger.Placed | ledger.Refused:
         request = self.request
         prompt_tokens, completion_tokens = request.tokens()
         return ledger.hold(
@@ -88,7 +110,7 @@ class Asking:
         return refusals.refusal(refused, ranking, choice)
 
     def answer(self, choice: Choice, stored: Stored, placed: ledger.Placed) -> dict[str, Any]:
-        return answer_of(
+        answer = answer_of(
             stored,
             hold_id=None if self.request.dry_run else self.hold_id,
             held=choice.hold_usd,
@@ -97,3 +119,7 @@ class Asking:
             warnings=placed.warnings,
             budgets=placed.budgets,
         )
+        # Of a dry run nothing is kept that could be asked for later.
+        if self.request.dry_run:
+            answer["explanation"] = explanation_of(stored)
+        return answer

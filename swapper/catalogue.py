@@ -12,7 +12,8 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -66,6 +67,11 @@ TASKS = """
 SELECT name, id::text, ARRAY(SELECT jsonb_array_elements_text(
     CASE jsonb_typeof(metadata -> 'required_capabilities')
         WHEN 'array' THEN metadata -> 'required_capabilities' ELSE '[]' END)) FROM task_types
+"""
+
+RATES = """
+SELECT id::text, tokens_per_minute FROM providers WHERE account_id IS NULL
+    AND (requests_per_minute IS NOT NULL OR tokens_per_minute IS NOT NULL)
 """
 
 # Where a price may have been edited: at our providers, or at the one that was just saved.
@@ -142,6 +148,8 @@ class Snapshot:
     tasks: dict[str, Task]
     tiers: dict[str, TierCeiling]
     loaded_at: datetime
+    # Tokens a minute of the providers that have a limit per minute (None: of requests alone).
+    rates: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def load() -> Snapshot:
@@ -157,7 +165,7 @@ def load() -> Snapshot:
         tier.code: TierCeiling(tier.code, tier.max_price_per_1k_usd)
         for tier in Tier.objects.order_by("rank")
     }
-    return Snapshot(Table(cards, now), tasks, tiers, now)
+    return Snapshot(Table(cards, now), tasks, tiers, now, dict(fetch(RATES)))
 
 
 # Price rows never change, so a schedule is parsed once per process.

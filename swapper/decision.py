@@ -31,9 +31,42 @@ class Link(msgspec.Struct, frozen=True):
     price_id: int
     estimated_cost: Decimal
 
+    def as_json(self) -> dict[str, str]:
+        return {
+            "id": self.id,
+            "name": self.name,
+            "provider_id": self.provider_id,
+            "provider_type": self.provider_type,
+            "estimated_cost": plain(self.estimated_cost),
+        }
+
+
+class Weighed(msgspec.Struct, frozen=True):
+    """A candidate with its score and the parts that this is the sum of."""
+
+    name: str
+    provider_type: str
+    estimated_cost: Decimal
+    score: float
+    parts: dict[str, float]
+    id: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "name": self.name,
+            "provider_type": self.provider_type,
+            "estimated_cost": plain(self.estimated_cost),
+            "score": self.score,
+            "parts": self.parts,
+        }
+
 
 class Stored(msgspec.Struct, frozen=True):
-    """What a hold's context keeps: enough for the same answer again, the report and the page."""
+    """What a hold's context keeps: enough for the same answer again, the report and the page.
+
+    What of it is EXPLANATION is dropped some time after the hold ended (billing/pruning.py).
+    """
 
     task_type: str
     task_type_id: str
@@ -42,13 +75,19 @@ class Stored(msgspec.Struct, frozen=True):
     reasoning: str
     downgraded: bool
     cost_warning: str | None
-    asked: dict[str, Any]
-    candidates: tuple[dict[str, Any], ...]
-    excluded: dict[str, int]
+    asked: dict[str, Any] = {}
+    candidates: tuple[Weighed, ...] = ()
+    # How many models each rule excluded, and the names of some.
+    excluded: dict[str, int] = {}
+    excluded_names: dict[str, tuple[str, ...]] = {}
+    # The best of the others: the better one, where that did not fit what is free.
+    runner_up: Weighed | None = None
     # Whose key, and what its owner should know of where the request goes.
     own_key: bool = False
     security_level: str = "system"
     security_warning: str | None = None
+    # In which minute the chosen provider's rate was claimed, where it has one.
+    rate_minute: datetime | None = None
 
     @classmethod
     def of(
@@ -58,6 +97,7 @@ class Stored(msgspec.Struct, frozen=True):
         task: Task,
         request: SelectRequest,
         security_warning: str | None = None,
+        rate_minute: datetime | None = None,
     ) -> Stored:
         query, chosen = ranking.query, choice.chosen
         best = ranking.best(selection.EXPLAINED)
@@ -79,26 +119,40 @@ class Stored(msgspec.Struct, frozen=True):
             downgraded=choice.too_dear is not None,
             cost_warning=cost_warning(ranking, choice),
             asked=msgspec.to_builtins(request, builtin_types=(Decimal,)),
-            candidates=tuple(
-                {
-                    "name": c.card.name,
-                    "provider_type": c.card.provider_type,
-                    "estimated_cost": c.estimate_usd,
-                    "score": c.score,
-                    "parts": c.parts,
-                }
-                for c in best
-            ),
+            candidates=tuple(weighed(candidate) for candidate in best),
             excluded=ranking.excluded,
+            excluded_names=ranking.names_excluded(selection.NAMED),
+            runner_up=next((weighed(c) for c in best if c.card is not chosen.card), None),
             security_warning=security_warning,
+            rate_minute=rate_minute,
         )
 
+    @property
+    def explained(self) -> bool:
+        """Whether the explanation was not dropped yet."""
+        return bool(self.candidates)
+
+
+# What is dropped: nothing that a repeated request, a report or a rollup asks for.
+EXPLANATION = ("asked", "candidates", "excluded", "excluded_names", "runner_up")
 
 _stored_decoder = msgspec.json.Decoder(Stored)
 
 
 def read_stored(context: str) -> Stored:
     return _stored_decoder.decode(context)
+
+
+def weighed(candidate: Candidate) -> Weighed:
+    card = candidate.card
+    return Weighed(
+        name=card.name,
+        provider_type=card.provider_type,
+        estimated_cost=candidate.estimate_usd,
+        score=candidate.score,
+        parts=candidate.parts,
+        id=card.id,
+    )
 
 
 def link(candidate: Candidate) -> Link:
@@ -147,16 +201,7 @@ def answer_of(
         "held": "0" if dry_run else plain(held),
         "hold_expires_at": None if dry_run else expires_at,
         "dry_run": dry_run,
-        "fallback_models": [
-            {
-                "id": link.id,
-                "name": link.name,
-                "provider_id": link.provider_id,
-                "provider_type": link.provider_type,
-                "estimated_cost": plain(link.estimated_cost),
-            }
-            for link in fallbacks
-        ],
+        "fallback_models": [link.as_json() for link in fallbacks],
         "using_user_keys": stored.own_key,
         "security_level": stored.security_level,
         "reasoning": stored.reasoning,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from uuid import UUID
 
 import msgspec
+from django.conf import settings
 from django.db import connection
 from django.db.models import Count, Sum
 from django.db.models.fields.json import KT
@@ -25,7 +26,7 @@ from billing.money import ZERO
 from mswap_site.errors import Invalid
 from swapper import pricing
 from swapper.days import Period
-from swapper.decision import Stored, read_stored
+from swapper.decision import Stored, Weighed, read_stored
 from swapper.models import Price, UsageLog
 from swapper.selection import PARTS
 from swapper.totals import Filters
@@ -222,6 +223,7 @@ RULES = {
     "tier_price": "dearer than the tier allows",
     "max_cost": "dearer than the request's max_cost",
     "model_not_allowed": "not among the models that the key may use",
+    "rate_limited": "at a provider that has reached its limit per minute",
 }
 
 
@@ -249,11 +251,13 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """A rule in words, how many models it excluded, and its bar in per cent of the longest."""
+    """A rule in words, how many models it excluded and some of their names, and its bar in per
+    cent of the longest."""
 
     rule: str
     models: int
     width: float
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +278,15 @@ class RequestStory:
     excluded: tuple[Exclusion, ...]
     calls: tuple[UsageLog, ...]
     prices: tuple[PriceUsed, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the scores are the sums of, as the decision has it."""
+        return tuple(s.part for bar in self.candidates[:1] for s in bar.segments)
+
+    @property
+    def kept_days(self) -> int:
+        return settings.EXPLANATION_DAYS
 
     @property
     def chosen_is_listed(self) -> bool:
@@ -302,7 +315,7 @@ def request_story(account_id: int, request_id: UUID) -> RequestStory:
         hold,
         decision,
         bars(decision) if decision else (),
-        excluded(decision.excluded) if decision else (),
+        excluded(decision) if decision else (),
         tuple(calls),
         tuple(PriceUsed(price, rates_at(price, hold.admitted_at)) for price in prices.values()),
     )
@@ -317,31 +330,42 @@ def decision_of(context: Mapping[str, Any]) -> Stored | None:
     return stored if stored.chain else None
 
 
-def excluded(counts: Mapping[str, int]) -> tuple[Exclusion, ...]:
+def excluded(decision: Stored) -> tuple[Exclusion, ...]:
     """The rules that excluded models, the one that hit most first."""
+    counts, names = decision.excluded, decision.excluded_names
     worst_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     most = max(counts.values(), default=0) or 1
     return tuple(
-        Exclusion(RULES.get(rule, rule.replace("_", " ")), count, round(count * 100 / most, 2))
+        Exclusion(in_words(rule), count, round(count * 100 / most, 2), names.get(rule, ()))
         for rule, count in worst_first
     )
 
 
+def in_words(rule: str) -> str:
+    return RULES.get(rule, rule.replace("_", " "))
+
+
 def bars(decision: Stored) -> tuple[Bar, ...]:
     """The candidates' scores as bars of their parts, all to one scale."""
-    highest = max((_length(c["parts"]) for c in decision.candidates), default=0) or 1
-    chosen = (decision.chain[0].name, decision.chain[0].provider_type)
+    highest = max((_length(c.parts) for c in decision.candidates), default=0) or 1
     return tuple(
         Bar(
-            c["name"],
-            c["provider_type"],
-            Decimal(str(c["estimated_cost"])),
-            c["score"],
-            tuple(_segments(c["parts"], highest)),
-            chosen == (c["name"], c["provider_type"]),
+            c.name,
+            c.provider_type,
+            c.estimated_cost,
+            c.score,
+            tuple(_segments(c.parts, highest)),
+            is_chosen(decision, c),
         )
         for c in decision.candidates
     )
+
+
+def is_chosen(decision: Stored, candidate: Weighed) -> bool:
+    chosen = decision.chain[0]
+    if candidate.id is None:  # decisions of older versions
+        return (candidate.name, candidate.provider_type) == (chosen.name, chosen.provider_type)
+    return candidate.id == chosen.id
 
 
 def _length(parts: Mapping[str, float]) -> float:
@@ -350,8 +374,9 @@ def _length(parts: Mapping[str, float]) -> float:
 
 def _segments(parts: Mapping[str, float], highest: float) -> Iterator[Segment]:
     start = 0.0
-    for part in PARTS:
-        value = parts.get(part, 0.0)
+    # As they are known today come first; what an older version called otherwise is not lost.
+    for part in sorted(parts, key=lambda part: (*PARTS, part).index(part)):
+        value = parts[part]
         # A part below zero (an unwanted provider) has no length; the table has its number.
         width = max(0.0, value) * 100 / highest
         yield Segment(part, value, round(start, 2), round(width, 2))

@@ -125,6 +125,12 @@ class Provider(models.Model):
     deleted_at = models.DateTimeField(
         null=True, blank=True, help_text="Its key is erased; the row stays for the usage it had."
     )
+    requests_per_minute = models.PositiveIntegerField(
+        null=True, blank=True, help_text="At this many it is passed over; empty: no such limit."
+    )
+    tokens_per_minute = models.PositiveBigIntegerField(
+        null=True, blank=True, help_text="Prompt and completion; empty: no such limit."
+    )
 
     class Meta:
         db_table = "providers"
@@ -145,6 +151,18 @@ class Provider(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+class ProviderMinute(models.Model):
+    """What a provider with a limit per minute was sent in one UTC minute (swapper/rates.py)."""
+
+    pk = models.CompositePrimaryKey("provider_id", "minute")
+    provider = models.ForeignKey(
+        Provider, on_delete=models.CASCADE, related_name="minutes", db_index=False
+    )
+    minute = models.DateTimeField()
+    requests = models.BigIntegerField()
+    tokens = models.BigIntegerField(help_text="Estimated at the selection, corrected by reports.")
 
 
 class Model(models.Model):

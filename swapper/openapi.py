@@ -161,6 +161,105 @@ class LimitWarning(Answer):
     message: str
 
 
+class Weighed(Answer):
+    """A model that could have served. ``score`` is the sum of its ``parts``."""
+
+    id: Annotated[UUID | None, Meta(description="Null in decisions of older versions.")]
+    name: str
+    provider_type: str
+    estimated_cost: Usd
+    score: float
+    parts: dict[str, float]
+
+
+class Candidate(Weighed):
+    chosen: bool
+
+
+class Exclusion(Answer):
+    """Models that may not serve, by the first rule that each of them broke."""
+
+    rule: str
+    reason: Annotated[str, Meta(description="The rule for people.")]
+    models: Count
+    names: Annotated[
+        tuple[str, ...], Meta(description="A few, those that would have ranked highest.")
+    ]
+
+
+class Explanation(Answer):
+    """Why this model: the best candidates, and who was excluded."""
+
+    asked: Annotated[dict[str, Any], Meta(description="The body of select-model.")]
+    candidates: tuple[Candidate, ...]
+    excluded: tuple[Exclusion, ...]
+    runner_up: Annotated[
+        Weighed | None,
+        Meta(
+            description="The best of the others, and what it would have cost. Where the choice was"
+            " `downgraded`, the better one, which did not fit."
+        ),
+    ]
+
+
+class Decision(Answer):
+    task_type: str
+    chain: Annotated[tuple[PricedModel, ...], Meta(description="The chosen model, its fallbacks.")]
+    cost_breakdown: CostBreakdown
+    using_user_keys: bool
+    security_level: Literal["system", "user", "restricted"]
+    security_warning: str | None
+    reasoning: str
+    downgraded: bool
+    cost_warning: str | None
+
+
+class HoldRecord(Answer):
+    """``charged`` is null while it is open. ``unreported``: it expired without a report."""
+
+    state: Literal["open", "settled", "released", "expired"]
+    held: Usd
+    held_tokens: Count
+    charged: Usd | None
+    charged_tokens: Count | None
+    admitted_at: Moment
+    expires_at: Moment
+    ended_at: Moment | None
+    overrun: bool
+    unreported: bool
+
+
+class CallRecord(Answer):
+    model_id: UUID
+    model_name: str
+    provider_id: UUID
+    prompt_tokens: Count
+    cached_prompt_tokens: Count
+    completion_tokens: Count
+    cost: Usd
+    latency_ms: Count
+    success: bool
+    error: str | None
+    error_kind: str | None
+    unreported: bool
+
+
+class SelectionRecord(Answer):
+    """A selection from asking to the end."""
+
+    request_id: UUID
+    user_id: str
+    decision: Annotated[Decision | None, Meta(description="Null: none was kept (adopted usage).")]
+    explanation: Annotated[
+        Explanation | None,
+        Meta(description="Null when it was dropped, `explanation_kept_days` after the end."),
+    ]
+    explanation_kept_days: Count
+    explanation_dropped_at: Moment | None
+    hold: HoldRecord
+    calls: Annotated[tuple[CallRecord, ...], Meta(description="As reported so far, in order.")]
+
+
 class Selection(Answer):
     """The chosen model, its fallbacks, the reasons, and what is held for the call."""
 
@@ -189,6 +288,10 @@ class Selection(Answer):
     warnings: tuple[LimitWarning, ...]
     limits: Limits
     own_budgets: OwnBudgets
+    explanation: Annotated[
+        Explanation | UnsetType,
+        Meta(description="In a dry run; else see GET selections/{request_id}."),
+    ] = UNSET
 
 
 class Charge(Answer):
@@ -535,7 +638,7 @@ BODY = {
     415: refusal("NotJson", "The body must be application/json.", UnsupportedMediaType),
 }
 RETRY_AFTER = OpenApiParameter(
-    "Retry-After", int, "header", response=[409, 429], description="Seconds."
+    "Retry-After", int, "header", response=[409, 429, 503], description="Seconds."
 )
 USER_ID = OpenApiParameter(
     "user_id", str, description="The account: required with a service token, else one's own."
@@ -677,6 +780,14 @@ read_usage = extend_schema(
         ACCOUNT,
         {200: UsageTotals, (200, CSV): OpenApiResponse(str, "With `format=csv`.")},
     ),
+)
+
+read_selection = extend_schema(
+    operation_id="read_selection",
+    summary="Why this model, and how it ended",
+    description="The candidates with the parts of their scores, who was excluded by which rule, the"
+    " hold, and the calls reported so far.",
+    responses=answers(ALWAYS, ACCOUNT, {200: SelectionRecord}),
 )
 
 me = extend_schema(

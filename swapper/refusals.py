@@ -7,6 +7,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
 from django.conf import settings
 
 from billing import ledger
@@ -14,7 +15,7 @@ from billing.limits import LimitState
 from billing.models import Tier
 from billing.money import plain
 from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
-from swapper import selection
+from swapper import rates, selection
 from swapper.catalogue import Snapshot
 from swapper.context import Caller
 from swapper.selection import Candidate, Choice, Ranking
@@ -42,9 +43,11 @@ def nothing_serves(
     snapshot: Snapshot, query: selection.Query, ranking: Ranking, caller: Caller
 ) -> MswapError:
     """No model may serve: is it the tier, the caller's own max_cost, or nobody can?"""
+    extra: dict[str, Any] = {"task_type": query.task_type, "excluded": ranking.excluded}
+    if ranking.excluded.get(rates.RULE):
+        return all_at_their_rate(snapshot, query, ranking, extra)
     if too_dear := max_cost_refusal(snapshot.table, ranking):
         return too_dear
-    extra: dict[str, Any] = {"task_type": query.task_type, "excluded": ranking.excluded}
     if ranking.excluded.get("tier_price"):
         for tier in snapshot.tiers.values():
             higher = dataclasses.replace(query, max_price_per_1k=tier.max_price_per_1k_usd)
@@ -58,6 +61,26 @@ def nothing_serves(
                     **extra,
                 )
     return Unavailable("No enabled model with a known price can do this.", code="no_model", **extra)
+
+
+def all_at_their_rate(
+    snapshot: Snapshot, query: selection.Query, ranking: Ranking, extra: dict[str, Any]
+) -> MswapError:
+    """Every provider that could serve is at its limit per minute: when to come again, unless the
+    request is above all that any of them takes in a whole minute."""
+    gone = np.flatnonzero(ranking.ruled_out[rates.RULE]).tolist()
+    most = [snapshot.rates.get(snapshot.table.cards[index].provider_id) for index in gone]
+    if all(tokens is not None and tokens < query.tokens for tokens in most):
+        words = "This has more tokens than the providers that could serve it take in a minute."
+        return Unavailable(words, code="no_model", **extra)
+    seconds = rates.seconds_left(query.at)
+    return Unavailable(
+        "Every provider that could serve this has reached its limit per minute; try again in"
+        f" {seconds} s.",
+        code="no_model",
+        retry_after=seconds,
+        **extra,
+    )
 
 
 def max_cost_refusal(table: selection.Table, ranking: Ranking) -> MswapError | None:

@@ -27,8 +27,9 @@ FALLBACKS = 3
 # this amount where the estimate is next to nothing: a hold should resemble what will be spent.
 FALLBACK_FACTOR = Decimal(2)
 FALLBACK_FLOOR_USD = Decimal("0.001")
-# Candidates kept for the explanation.
+# Candidates kept for the explanation, and names of those that a rule excluded.
 EXPLAINED = 8
+NAMED = 5
 # From this share of a money limit on, cost weighs progressively more (SPEC 4.10).
 PRESSURE_FROM = 0.8
 
@@ -235,6 +236,8 @@ class Ranking:
     preference: NDArray[np.float64]
     excluded: dict[str, int]
     _estimates: dict[int, Decimal] = field(default_factory=dict)
+    # Whom each rule excluded, where the rule knows.
+    ruled_out: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -273,6 +276,26 @@ class Ranking:
             )
             for index, score, values in zip(indices, scores, parts.T.round(4).tolist(), strict=True)
         ]
+
+    def exclude(self, rule: str, models: NDArray[np.bool_]) -> None:
+        """Take ``models`` out of what may serve, by a rule that is found out after ranking."""
+        gone = self.order[models[self.order]]
+        if len(gone):
+            self.order = self.order[~models[self.order]]
+            self.excluded[rule] = self.excluded.get(rule, 0) + len(gone)
+            broken = self.ruled_out.setdefault(rule, np.zeros(len(models), dtype=np.bool_))
+            broken[gone] = True
+
+    def names_excluded(self, count: int) -> dict[str, tuple[str, ...]]:
+        """By rule, the names of the ``count`` that would have ranked highest."""
+        names = {}
+        for rule, broken in self.ruled_out.items():
+            gone = np.flatnonzero(broken)
+            if len(gone) > count:
+                gone = gone[np.argpartition(-self.scores[gone], count)[:count]]
+            best = gone[np.argsort(-self.scores[gone], kind="stable")]
+            names[rule] = tuple(self.table.cards[index].name for index in best.tolist())
+        return names
 
     def best(self, count: int) -> list[Candidate]:
         """The ``count`` best, whatever they cost."""
@@ -375,14 +398,15 @@ def rank(table: Table, query: Query) -> Ranking:
 
     allowed = np.ones(len(table.cards), dtype=np.bool_)
     excluded: dict[str, int] = {}
+    ruled_out: dict[str, NDArray[np.bool_]] = {}
 
     def keep(rule: str, mask: NDArray[np.bool_]) -> None:
         nonlocal allowed
-        before = int(np.count_nonzero(allowed))
-        allowed = allowed & mask
-        gone = before - int(np.count_nonzero(allowed))
+        broken = allowed & ~mask
+        gone = int(np.count_nonzero(broken))
         if gone:
-            excluded[rule] = gone
+            excluded[rule], ruled_out[rule] = gone, broken
+            allowed = allowed & mask
 
     keep("capability", table.capable(query.needs))
     keep("context_length", table.context_length >= max(query.min_context_length, query.tokens))
@@ -413,6 +437,7 @@ def rank(table: Table, query: Query) -> Ranking:
         if len(exact) < len(order):
             excluded["max_cost"] = excluded.get("max_cost", 0) + len(order) - len(exact)
             ranking.order = np.array(exact, dtype=np.intp)
+    ranking.ruled_out = ruled_out
     return ranking
 
 

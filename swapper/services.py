@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -14,7 +15,7 @@ from billing.accounts import account_get_or_create
 from billing.budgets import claimed_by
 from billing.limits import BY_NAME, LimitStates, warnings_of
 from mswap_site.errors import Conflict, Invalid
-from swapper import messages, selection
+from swapper import messages, rates, selection
 from swapper.asking import Asking
 from swapper.catalogue import Snapshot, Task, catalogue
 from swapper.context import Caller
@@ -99,10 +100,13 @@ def select_system(asking: Asking, security_warning: str | None = None) -> dict[s
     room = least(asking.limits.free_usd, settings.EMERGENCY_THRESHOLD_USD)
     threshold = None if request.approved else caller.row.approval_threshold_usd
     for attempt in range(TRIES):
-        choice = None if attempt == TRIES - 1 else ranking.choose(room, chain_cap_usd=threshold)
-        choice = choice or cheapest_alone(ranking)
-        stored = Stored.of(ranking, choice, asking.task, request, security_warning)
-        result = asking.hold(choice, stored)
+        pick = partial(best_or_cheapest, ranking, room, threshold, last=attempt == TRIES - 1)
+        choice, claim = rates.choose(asking.snapshot.rates, ranking, pick, dry_run=request.dry_run)
+        if choice is None:
+            raise nothing_serves(asking.snapshot, query, ranking, caller)
+        minute = claim.minute if claim else None
+        stored = Stored.of(ranking, choice, asking.task, request, security_warning, minute)
+        result = asking.hold(choice, stored, claim=claim)
         if isinstance(result, ledger.Placed):
             return asking.answer(choice, stored, result)
         alone = len(choice.chain) == 1 and choice.chosen.estimate_usd == cheapest_usd(ranking)
@@ -115,6 +119,13 @@ def select_system(asking: Asking, security_warning: str | None = None) -> dict[s
         else:
             raise asking.refusal(result, ranking, choice)
     raise AssertionError("The last try either holds or refuses.")
+
+
+def best_or_cheapest(
+    ranking: Ranking, room: Decimal | None, threshold: Decimal | None, *, last: bool
+) -> Choice:
+    choice = None if last else ranking.choose(room, chain_cap_usd=threshold)
+    return choice or cheapest_alone(ranking)
 
 
 def fits(choice: Choice, refused: ledger.Refused) -> bool:

@@ -1,9 +1,16 @@
 from celery import shared_task
 
-from swapper import usage
+from swapper import explanation, rates, usage
 
 
 @shared_task
 def expire_holds() -> int:
     """Charge the holds that nobody reported (SPEC 4.5). A sweep that is missed is made up for."""
     return usage.expire_overdue()
+
+
+@shared_task
+def prune() -> None:
+    """Drop explanations that were kept long enough, and the minutes of rates that are over."""
+    explanation.prune()
+    rates.prune()

@@ -21,7 +21,7 @@ from billing.limits import LimitStates
 from billing.models import Hold
 from billing.money import ZERO, plain
 from mswap_site.errors import Conflict, Invalid, NotFound
-from swapper import messages, pricing
+from swapper import messages, pricing, rates
 from swapper.catalogue import catalogue, schedule
 from swapper.decision import Stored, encoder, read_stored
 from swapper.messages import Attempt, UsageReport
@@ -138,6 +138,8 @@ def report_usage(
     if ended is None:
         hold = Hold.objects.get(pk=row.hold_id)
         return repeated(hold, digest), True
+    if not row.own_key and (limited := catalogue.snapshot().rates):
+        rates.reported(limited, stored, calls, ended.at)
     answer = answer_of(
         row.hold_id,
         report.success,

@@ -96,6 +96,7 @@ TABLE: dict[tuple[str, str], Row] = {
     ("POST", f"{CONFIG}/verify"): Row("keys:manage", write(200, lower_tier=403)),
     ("GET", f"{CONFIG}/models"): Row("keys:manage", OWN),
     ("PATCH", f"{CONFIG}/models/<uuid:model_id>"): Row("keys:manage", write(200, lower_tier=403)),
+    ("GET", "api/modelswapper/selections/<uuid:request_id>"): Row("usage", READ, names=False),
     # A key never goes into a browser.
     ("POST", "api/modelswapper/selections/<uuid:request_id>/credentials"): Row(
         "keys:use keys:system", {**write(200, lower_tier=403), "session": 403}, names=False

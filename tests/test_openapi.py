@@ -142,6 +142,8 @@ def realistic(case: schemathesis.Case, automodel: Caller, shelf: Shelf) -> schem
             body |= {"provider_type": "openai"}
         for name in ("base_url", "user_id"):
             body.pop(name, None)
+    elif case.path.endswith("/selections/{request_id}"):
+        path_parameters["request_id"] = automodel.select(user_id="bob").json()["request_id"]
     elif case.path.endswith("/credentials"):
         if not Provider.objects.filter(account__external_id="bob").exists():
             make_config(Account.objects.get(external_id="bob"))
@@ -192,6 +194,7 @@ def test_the_examples_reached_what_they_should():
     assert reached["GET models"] >= {200, 400}
     assert reached["PATCH {model_id}"] >= {200, 400, 415}
     assert reached["POST credentials"] >= {200, 400, 404}
+    assert reached["GET {request_id}"] >= {200, 404}
     assert reached["GET health"] >= {200, 400}
 
 
