@@ -35,45 +35,65 @@ PRESSURE_FROM = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Shares of the score; they sum to 1."""
+    """What counts how much: score = quality·θ − cost·USD − latency·seconds.
 
-    reliability: float
+    ``quality`` is 1 unless money runs out; ``cost`` (λ) is quality given up to save one USD,
+    ``latency`` (μ) quality given up to save one second.
+    """
+
+    quality: float
     cost: float
     latency: float
 
     def leaning(self, preference: Preference) -> Weights:
         """Twice as much of what the account prefers, compared with the rest."""
-        part = LEANS.get(preference)
-        if part is None:
-            return self
-        more = replace(self, **{part: 2 * getattr(self, part)})
-        total = more.reliability + more.cost + more.latency
-        return Weights(more.reliability / total, more.cost / total, more.latency / total)
+        match preference:
+            case "cheaper":
+                return replace(self, cost=2 * self.cost)
+            case "faster":
+                return replace(self, latency=2 * self.latency)
+            case "better":
+                return replace(self, cost=self.cost / 2, latency=self.latency / 2)
+        return self
 
     def under_pressure(self, utilisation: float) -> Weights:
-        """Shift towards cost from 80 % of a money limit on; at 100 % only cost counts."""
-        share = min(1.0, max(0.0, (utilisation - PRESSURE_FROM) / (1 - PRESSURE_FROM)))
-        keep = 1 - share
-        return Weights(
-            self.reliability * keep, self.cost + (1 - self.cost) * share, self.latency * keep
-        )
+        """From 80 % of a money limit on λ rises: twice at 90 %; at 100 % only cost counts.
+
+        The rest is scaled down instead of λ up, which is the same order without infinity.
+        """
+        keep = min(1.0, max(0.0, (1 - utilisation) / (1 - PRESSURE_FROM)))
+        return replace(self, quality=self.quality * keep, latency=self.latency * keep)
 
 
+# λ says what a perfect answer instead of a useless one is worth: $0.025, $0.10, $0.40, $1.60.
+# Every tier's requests cost about $0.02 where its day's money is spread over its day's requests.
 WEIGHTS: dict[Priority, Weights] = {
-    "low": Weights(reliability=0.25, cost=0.60, latency=0.15),
-    "medium": Weights(reliability=0.45, cost=0.35, latency=0.20),
-    "high": Weights(reliability=0.60, cost=0.12, latency=0.28),
-    "critical": Weights(reliability=0.78, cost=0.02, latency=0.20),
+    "low": Weights(quality=1.0, cost=40.0, latency=0.01),
+    "medium": Weights(quality=1.0, cost=10.0, latency=0.02),
+    "high": Weights(quality=1.0, cost=2.5, latency=0.02),
+    "critical": Weights(quality=1.0, cost=0.625, latency=0.01),
 }
-LEANS: dict[Preference, str] = {"cheaper": "cost", "better": "reliability", "faster": "latency"}
-# Where a part of the score is one half: reliability runs from 0.90 (0) to 1 (1); cost is halved
-# at 0.2 cents per 1,000 tokens, latency at one second.
+EXPLORING: frozenset[Priority] = frozenset({"low", "medium"})
+# What an untried model is taken for: the first figure up to reliability 0.90, the second more at
+# reliability 1; and how many observations that is worth.
+STATIC_QUALITY, STATIC_SPREAD = 0.65, 0.20
 RELIABILITY_FLOOR = 0.90
-HALF_COST_PER_1K_USD = 0.002
-HALF_LATENCY_MS = 1000.0
+PRIOR_WEIGHT = 12.0
+# Samples are drawn as if there were this many times the observations: a bolder sampling explores
+# more than pays within the thousands of requests that an installation sees between changes.
+SHARPNESS = 2.0
+# Only the best so many (by what is known) are drawn for. Of hundreds of untried models the
+# cheapest come first; those that disappoint make room for the next.
+EXPLORED = 16
+# Share of the low-priority requests, of those that it may win, that look whether a model that fell
+# from favour is back.
+REPROBE_SHARE = 0.1
 PREFERRED_BONUS = 0.25
 PRIORITY_BONUS = 0.05
-PARTS = ("reliability", "cost", "latency", "preference")
+PARTS = ("quality", "cost", "latency", "preference")
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +134,7 @@ class Table:
     def __init__(self, cards: Sequence[ModelCard], at: datetime) -> None:
         self.cards = cards
         self.by_id = {card.id: card for card in cards}
+        self.index = {card.id: index for index, card in enumerate(cards)}
 
         def column(values: Iterable[Any]) -> NDArray[np.float64]:
             return np.array(list(values), dtype=np.float64)
@@ -122,13 +143,10 @@ class Table:
         self.completion_rate = column(card.completion_per_1k for card in cards)
         self.dearest_rate = np.maximum(self.prompt_rate, self.completion_rate)
         self.context_length = column(card.context_length for card in cards)
-        self.reliability_part = np.clip(
-            (column(card.reliability for card in cards) - RELIABILITY_FLOOR)
-            / (1 - RELIABILITY_FLOOR),
-            0,
-            1,
-        )
-        self.latency_part = 1 / (1 + column(card.latency_ms for card in cards) / HALF_LATENCY_MS)
+        reliability = column(card.reliability for card in cards)
+        share = np.clip((reliability - RELIABILITY_FLOOR) / (1 - RELIABILITY_FLOOR), 0, 1)
+        self.quality = STATIC_QUALITY + STATIC_SPREAD * share
+        self.latency_ms = column(card.latency_ms for card in cards)
         priority = column(card.provider_priority for card in cards)
         self.priority_part = PRIORITY_BONUS * priority / (np.abs(priority) + 10)
         # Models whose cost is more than rate × tokens: always, or from a prompt size on.
@@ -155,6 +173,13 @@ class Table:
         mask = np.ones(len(self.cards), dtype=np.bool_)
         for need in needs:
             mask &= self._with_capability.get(need, np.False_)
+        return mask
+
+    def only(self, model_id: str) -> Mask:
+        """The one model with this id, or none."""
+        mask = np.zeros(len(self.cards), dtype=np.bool_)
+        if model_id in self.index:
+            mask[self.index[model_id]] = True
         return mask
 
     def of_providers(self, names: Iterable[str]) -> NDArray[np.bool_]:
@@ -196,13 +221,54 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What is known of a table's models for one task: arrays, one entry per model.
+
+    ``quality`` and ``weight``: mean and weight of each posterior, the prior's PRIOR_WEIGHT
+    included. ``observations``: outcomes ever seen. ``loss``: quality that a model lost lately and
+    may have found again. ``barred``: models that none may have, by rule (breakers, rate limits);
+    ``probes``: models that only requests of low priority may have, to see whether they are back.
+    """
+
+    quality: Floats
+    weight: Floats
+    observations: NDArray[np.int64]
+    latency_ms: Floats
+    loss: Floats
+    barred: Mapping[str, Mask]
+    probes: Mask
+
+    @classmethod
+    def untried(cls, table: Table) -> Knowledge:
+        """Nothing but the catalogue's word."""
+        count = len(table.cards)
+        return cls(
+            quality=table.quality,
+            weight=np.full(count, PRIOR_WEIGHT),
+            observations=np.zeros(count, dtype=np.int64),
+            latency_ms=table.latency_ms,
+            loss=np.zeros(count),
+            barred={},
+            probes=np.zeros(count, dtype=np.bool_),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model that may serve the query, with the parts that its score is the sum of."""
+    """A model that may serve the query, with the parts that its score is the sum of.
+
+    ``quality`` ± ``deviation`` is what is believed, from ``observations`` outcomes. ``drawn``: the
+    sample that took its place in the score; None: none did.
+    """
 
     card: ModelCard
     estimate_usd: Decimal
     score: float
     parts: dict[str, float]
+    quality: float
+    deviation: float
+    observations: int
+    drawn: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +300,12 @@ class Ranking:
     costs: NDArray[np.float64]
     preference: NDArray[np.float64]
     excluded: dict[str, int]
+    knowledge: Knowledge
+    # The quality that counted, and for which models it was drawn (None: for none).
+    theta: Floats
+    drawn: Mask | None = None
+    # The model that was put first to see whether it is back.
+    reprobed: int | None = None
     _estimates: dict[int, Decimal] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -254,24 +326,38 @@ class Ranking:
 
     def candidates(self, indices: Sequence[int]) -> list[Candidate]:
         """The models at ``indices`` with the parts of their scores."""
-        weights, table, chosen = self.weights, self.table, np.asarray(indices, dtype=np.intp)
+        weights, known = self.weights, self.knowledge
+        chosen = np.asarray(indices, dtype=np.intp)
         parts = np.array(
             [
-                weights.reliability * table.reliability_part[chosen],
-                weights.cost * cost_part(self.costs[chosen], self.query),
-                weights.latency * table.latency_part[chosen],
+                weights.quality * self.theta[chosen],
+                -weights.cost * self.costs[chosen],
+                -weights.latency * known.latency_ms[chosen] / 1000,
                 self.preference[chosen],
             ]
         )
-        scores = self.scores[chosen].round(4).tolist()
+        quality = known.quality[chosen]
+        deviation = np.sqrt(quality * (1 - quality) / (known.weight[chosen] + 1))
         return [
             Candidate(
-                table.cards[index],
+                self.table.cards[index],
                 self.estimate(index),
                 score,
                 dict(zip(PARTS, values, strict=True)),
+                mean,
+                spread,
+                int(known.observations[index]),
+                theta if self.drawn is not None and self.drawn[index] else None,
             )
-            for index, score, values in zip(indices, scores, parts.T.round(4).tolist(), strict=True)
+            for index, score, values, mean, spread, theta in zip(
+                indices,
+                self.scores[chosen].round(4).tolist(),
+                parts.T.round(4).tolist(),
+                quality.round(4).tolist(),
+                deviation.round(4).tolist(),
+                self.theta[chosen].round(4).tolist(),
+                strict=True,
+            )
         ]
 
     def best(self, count: int) -> list[Candidate]:
@@ -351,16 +437,22 @@ class Ranking:
         )
 
 
-def cost_part(cost_usd: Any, query: Query) -> Any:
-    """0–1, one half at HALF_COST_PER_1K_USD for the query's tokens."""
-    return 1 / (1 + cost_usd / (HALF_COST_PER_1K_USD * max(query.tokens, 1) / 1000))
-
-
-def rank(table: Table, query: Query) -> Ranking:
+def rank(
+    table: Table,
+    query: Query,
+    knowledge: Knowledge | None = None,
+    generator: np.random.Generator | None = None,
+    reprobe_share: float = REPROBE_SHARE,
+) -> Ranking:
     """Filter ``table`` by everything but what is free, and rank what is left.
 
     Each model is excluded by the first rule that it breaks; the rules are, in order: capability,
-    context_length, provider_excluded, tier_price, max_cost.
+    context_length, provider_excluded, tier_price, max_cost, those of ``knowledge.barred``, and
+    awaits_probe.
+
+    ``knowledge``: what was learned of ``table``'s models for the query's task; None: nothing.
+    ``generator`` draws for low and medium priority; without one, and for high and critical, what
+    is believed counts as it is. ``reprobe_share`` 0 never looks whether a fallen model is back.
     """
     prompt_k, completion_k = query.prompt_tokens / 1000, query.completion_tokens / 1000
     costs = table.prompt_rate * prompt_k + table.completion_rate * completion_k
@@ -393,20 +485,36 @@ def rank(table: Table, query: Query) -> Ranking:
     if query.max_cost is not None:
         keep("max_cost", costs <= float(query.max_cost) * (1 + 1e-9))
 
+    known = knowledge or Knowledge.untried(table)
+    for rule, mask in known.barred.items():
+        keep(rule, ~mask)
+    if query.priority != "low":
+        keep("awaits_probe", ~known.probes)
+
     weights = WEIGHTS[query.priority].leaning(query.preference).under_pressure(query.pressure)
     preference = table.priority_part
     if query.preferred_providers:
         preference = preference + PREFERRED_BONUS * table.of_providers(query.preferred_providers)
-    scores = (
-        weights.reliability * table.reliability_part
-        + weights.cost * cost_part(costs, query)
-        + weights.latency * table.latency_part
-        + preference
-    )
+    rest = preference - weights.cost * costs - weights.latency / 1000 * known.latency_ms
+    scores = rest + weights.quality * known.quality
     indices = np.flatnonzero(allowed)
+    theta, drawn, reprobed = known.quality, None, None
+    if generator is not None and query.priority in EXPLORING and len(indices):
+        if query.priority == "low":
+            reprobed = fallen(known.loss * weights.quality, scores, indices, generator, reprobe_share)
+        drawn = np.zeros(len(table.cards), dtype=np.bool_)
+        drawn[shortlist(scores, indices)] = True
+        theta = known.quality.copy()
+        theta[drawn] = draw(known.quality[drawn], known.weight[drawn], generator)
+        scores = rest + weights.quality * theta
     # Best score first, the cheaper one at a tie; the table's order (by name) settles the rest.
     order = indices[np.lexsort((costs[indices], -scores[indices]))]
-    ranking = Ranking(table, query, weights, order, scores, costs, preference, excluded)
+    if reprobed is not None:
+        order = np.concatenate(([reprobed], order[order != reprobed]))
+    ranking = Ranking(
+        table, query, weights, order, scores, costs, preference, excluded, known, theta, drawn,
+        reprobed,
+    )  # fmt: skip
     if query.max_cost is not None and len(order):
         # The float margin above may have let one through that is dearer by a hair.
         exact = [i for i in order.tolist() if ranking.estimate(i) <= query.max_cost]
@@ -414,6 +522,34 @@ def rank(table: Table, query: Query) -> Ranking:
             excluded["max_cost"] = excluded.get("max_cost", 0) + len(order) - len(exact)
             ranking.order = np.array(exact, dtype=np.intp)
     return ranking
+
+
+def shortlist(scores: Floats, indices: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The EXPLORED best of ``indices``."""
+    if len(indices) <= EXPLORED:
+        return indices
+    return indices[np.argpartition(-scores[indices], EXPLORED)[:EXPLORED]]
+
+
+def draw(quality: Floats, weight: Floats, generator: np.random.Generator) -> Floats:
+    """A sample of each posterior, sharpened."""
+    sure = SHARPNESS * weight
+    return generator.beta(quality * sure, (1 - quality) * sure)
+
+
+def fallen(
+    loss: Floats,
+    scores: Floats,
+    indices: NDArray[np.intp],
+    generator: np.random.Generator,
+    share: float,
+) -> int | None:
+    """The model to look at again: one that would be the best if it had its loss back."""
+    if not loss.any() or generator.random() >= share:
+        return None
+    best = scores[indices].max()
+    back = indices[(loss[indices] > 0) & (scores[indices] + loss[indices] >= best)]
+    return int(generator.choice(back)) if len(back) else None
 
 
 def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:

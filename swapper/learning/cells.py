@@ -1,0 +1,102 @@
+"""Beta cells of quality, one per task and model, and the priors that they share.
+
+A cell counts good and bad (fractions where quality is a fraction). Its memory is capped by
+rescaling both, so that it never freezes: beyond MEMORY the old fades as the new comes in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swapper.selection import PRIOR_WEIGHT
+
+Floats = NDArray[np.float64]
+
+# Observations that a cell remembers.
+MEMORY = 200.0
+# A prior is never certain.
+EDGE = 0.02
+# Passes of the additive fit; each halves what is left of the error, or better.
+PASSES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """How a model does at a task: a row of task_performance.
+
+    ``good`` + ``bad`` is the remembered weight, ``observations`` the count ever. Averages are of
+    what was answered: ``latency_ms`` and ``cost_usd`` (None: not known yet), as long a memory.
+    """
+
+    good: float = 0.0
+    bad: float = 0.0
+    observations: int = 0
+    latency_ms: float | None = None
+    cost_usd: float | None = None
+    last_success_at: float | None = None
+    last_failure_at: float | None = None
+
+    @property
+    def weight(self) -> float:
+        return self.good + self.bad
+
+    def observed(
+        self,
+        quality: float,
+        at: float,
+        *,
+        success: bool = True,
+        latency_ms: float | None = None,
+        cost_usd: float | None = None,
+        memory: float = MEMORY,
+    ) -> Cell:
+        """The cell after one more answer of ``quality`` (0–1); it remembers at most ``memory``."""
+        kept = min(1.0, (memory - 1) / self.weight) if self.weight else 1.0
+        good, bad = self.good * kept + quality, self.bad * kept + 1 - quality
+        share = 1 / (good + bad)
+        return replace(
+            self,
+            good=good,
+            bad=bad,
+            observations=self.observations + 1,
+            latency_ms=_average(self.latency_ms, latency_ms, share),
+            cost_usd=_average(self.cost_usd, cost_usd, share),
+            last_success_at=at if success else self.last_success_at,
+            last_failure_at=self.last_failure_at if success else at,
+        )
+
+    def faded(self, share: float) -> Cell:
+        """The same opinion with ``share`` of its weight."""
+        return replace(self, good=self.good * share, bad=self.bad * share)
+
+
+def _average(old: float | None, new: float | None, share: float) -> float | None:
+    if new is None or old is None:
+        return old if new is None else new
+    return old + share * (new - old)
+
+
+def priors(static: Floats, good: Floats, weight: Floats) -> Floats:
+    """The mean of each cell's prior: static + the task's level + the model's offset.
+
+    ``static``: what is believed without own observations, tasks × models (or models alone).
+    ``good``, ``weight``: the cells' sums, tasks × models. Level and offset are fitted to what the
+    cells differ from ``static``, both shrunk to zero by PRIOR_WEIGHT. A cell counts for at most
+    PRIOR_WEIGHT in the fit: beyond that it tells of itself rather than of its task and model.
+    """
+    excess = np.divide(good, weight, out=np.zeros_like(good), where=weight > 0)
+    excess = np.where(weight > 0, excess - static, 0.0)
+    counts = weight * PRIOR_WEIGHT / (weight + PRIOR_WEIGHT)
+    total = counts * excess
+    by_task = counts.sum(axis=1) + PRIOR_WEIGHT
+    by_model = counts.sum(axis=0) + PRIOR_WEIGHT
+    total_task, total_model = total.sum(axis=1), total.sum(axis=0)
+    offset = np.zeros(weight.shape[1])
+    level = np.zeros(weight.shape[0])
+    for _ in range(PASSES):
+        level = (total_task - counts @ offset) / by_task
+        offset = (total_model - level @ counts) / by_model
+    return np.clip(static + level[:, None] + offset, EDGE, 1 - EDGE)
