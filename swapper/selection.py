@@ -81,13 +81,14 @@ RELIABILITY_FLOOR = 0.90
 PRIOR_WEIGHT = 12.0
 # Samples are drawn as if there were this many times the observations: a bolder sampling explores
 # more than pays within the thousands of requests that an installation sees between changes.
-SHARPNESS = 2.0
+SHARPNESS = 6.0
+PRIOR_SHARPNESS = 2.0
 # Only the best so many (by what is known) are drawn for. Of hundreds of untried models the
 # cheapest come first; those that disappoint make room for the next.
 EXPLORED = 16
 # Share of the low-priority requests, of those that it may win, that look whether a model that fell
 # from favour is back.
-REPROBE_SHARE = 0.1
+REPROBE_SHARE = 0.25
 PREFERRED_BONUS = 0.25
 PRIORITY_BONUS = 0.05
 PARTS = ("quality", "cost", "latency", "preference")
@@ -225,8 +226,8 @@ class Knowledge:
     """What is known of a table's models for one task: arrays, one entry per model.
 
     ``quality`` and ``weight``: mean and weight of each posterior, the prior's PRIOR_WEIGHT
-    included. ``observations``: outcomes ever seen. ``loss``: quality that a model lost lately and
-    may have found again. ``barred``: models that none may have, by rule (breakers, rate limits);
+    included. ``observations``: outcomes ever seen. ``fallen``: how eagerly (0–1) to ask a model that
+    got worse whether it is again what it was, and ``before`` is its quality then. ``barred``: models that none may have, by rule (breakers, rate limits);
     ``probes``: models that only requests of low priority may have, to see whether they are back.
     """
 
@@ -234,7 +235,8 @@ class Knowledge:
     weight: Floats
     observations: NDArray[np.int64]
     latency_ms: Floats
-    loss: Floats
+    fallen: Floats
+    before: Floats
     barred: Mapping[str, Mask]
     probes: Mask
 
@@ -247,7 +249,8 @@ class Knowledge:
             weight=np.full(count, PRIOR_WEIGHT),
             observations=np.zeros(count, dtype=np.int64),
             latency_ms=table.latency_ms,
-            loss=np.zeros(count),
+            fallen=np.zeros(count),
+            before=np.zeros(count),
             barred={},
             probes=np.zeros(count, dtype=np.bool_),
         )
@@ -501,7 +504,8 @@ def rank(
     theta, drawn, reprobed = known.quality, None, None
     if generator is not None and query.priority in EXPLORING and len(indices):
         if query.priority == "low":
-            reprobed = fallen(known.loss * weights.quality, scores, indices, generator, reprobe_share)
+            back = rest + weights.quality * known.before
+            reprobed = reprobe(known.fallen * reprobe_share, back, scores, indices, generator)
         drawn = np.zeros(len(table.cards), dtype=np.bool_)
         drawn[shortlist(scores, indices)] = True
         theta = known.quality.copy()
@@ -533,23 +537,24 @@ def shortlist(scores: Floats, indices: NDArray[np.intp]) -> NDArray[np.intp]:
 
 def draw(quality: Floats, weight: Floats, generator: np.random.Generator) -> Floats:
     """A sample of each posterior, sharpened."""
-    sure = SHARPNESS * weight
+    sure = PRIOR_SHARPNESS * PRIOR_WEIGHT + SHARPNESS * (weight - PRIOR_WEIGHT)
     return generator.beta(quality * sure, (1 - quality) * sure)
 
 
-def fallen(
-    loss: Floats,
+def reprobe(
+    chance: Floats,
+    back: Floats,
     scores: Floats,
     indices: NDArray[np.intp],
     generator: np.random.Generator,
-    share: float,
 ) -> int | None:
-    """The model to look at again: one that would be the best if it had its loss back."""
-    if not loss.any() or generator.random() >= share:
+    """The fallen model to look at again, each with its ``chance``: one that would be the best if
+    it were again what it was (with ``back`` as its score)."""
+    if not chance.any():
         return None
     best = scores[indices].max()
-    back = indices[(loss[indices] > 0) & (scores[indices] + loss[indices] >= best)]
-    return int(generator.choice(back)) if len(back) else None
+    asked = indices[(chance[indices] > generator.random()) & (back[indices] >= best)]
+    return int(generator.choice(asked)) if len(asked) else None
 
 
 def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:

@@ -29,6 +29,7 @@ class Cell:
 
     ``good`` + ``bad`` is the remembered weight, ``observations`` the count ever. Averages are of
     what was answered: ``latency_ms`` and ``cost_usd`` (None: not known yet), as long a memory.
+    ``before``: the mean before the model got worse, for as long as it is.
     """
 
     good: float = 0.0
@@ -38,10 +39,16 @@ class Cell:
     cost_usd: float | None = None
     last_success_at: float | None = None
     last_failure_at: float | None = None
+    before: float | None = None
 
     @property
     def weight(self) -> float:
         return self.good + self.bad
+
+    @property
+    def mean(self) -> float:
+        """Mean quality of what is remembered, without the prior; one half of nothing."""
+        return self.good / self.weight if self.weight else 0.5
 
     def observed(
         self,
@@ -51,10 +58,9 @@ class Cell:
         success: bool = True,
         latency_ms: float | None = None,
         cost_usd: float | None = None,
-        memory: float = MEMORY,
     ) -> Cell:
-        """The cell after one more answer of ``quality`` (0–1); it remembers at most ``memory``."""
-        kept = min(1.0, (memory - 1) / self.weight) if self.weight else 1.0
+        """The cell after one more answer of ``quality`` (0–1)."""
+        kept = min(1.0, (MEMORY - 1) / self.weight) if self.weight else 1.0
         good, bad = self.good * kept + quality, self.bad * kept + 1 - quality
         share = 1 / (good + bad)
         return replace(
@@ -68,10 +74,6 @@ class Cell:
             last_failure_at=self.last_failure_at if success else at,
         )
 
-    def faded(self, share: float) -> Cell:
-        """The same opinion with ``share`` of its weight."""
-        return replace(self, good=self.good * share, bad=self.bad * share)
-
 
 def _average(old: float | None, new: float | None, share: float) -> float | None:
     if new is None or old is None:
@@ -80,11 +82,11 @@ def _average(old: float | None, new: float | None, share: float) -> float | None
 
 
 def priors(static: Floats, good: Floats, weight: Floats) -> Floats:
-    """The mean of each cell's prior: static + the task's level + the model's offset.
+    """The mean of each cell's prior: static + overall level + the task's + the model's offset.
 
     ``static``: what is believed without own observations, tasks × models (or models alone).
-    ``good``, ``weight``: the cells' sums, tasks × models. Level and offset are fitted to what the
-    cells differ from ``static``, both shrunk to zero by PRIOR_WEIGHT. A cell counts for at most
+    ``good``, ``weight``: the cells' sums, tasks × models. They are fitted to what the cells differ
+    from ``static``, each shrunk to zero by PRIOR_WEIGHT. A cell counts for at most
     PRIOR_WEIGHT in the fit: beyond that it tells of itself rather than of its task and model.
     """
     excess = np.divide(good, weight, out=np.zeros_like(good), where=weight > 0)
@@ -93,10 +95,12 @@ def priors(static: Floats, good: Floats, weight: Floats) -> Floats:
     total = counts * excess
     by_task = counts.sum(axis=1) + PRIOR_WEIGHT
     by_model = counts.sum(axis=0) + PRIOR_WEIGHT
+    overall = total.sum() / (counts.sum() + PRIOR_WEIGHT)
+    total -= overall * counts
     total_task, total_model = total.sum(axis=1), total.sum(axis=0)
     offset = np.zeros(weight.shape[1])
     level = np.zeros(weight.shape[0])
     for _ in range(PASSES):
         level = (total_task - counts @ offset) / by_task
         offset = (total_model - level @ counts) / by_model
-    return np.clip(static + level[:, None] + offset, EDGE, 1 - EDGE)
+    return np.clip(static + overall + level[:, None] + offset, EDGE, 1 - EDGE)

@@ -1,7 +1,8 @@
-"""A change detector per model: two-sided CUSUM on what its answers differ from what was expected.
+"""A change detector per model, and the way back for one that got worse.
 
-A model changes for all tasks at once (a new version, a quieter quantisation), so its tasks are
-watched together: each answer gives a residual in standard deviations.
+A model changes for all its tasks at once (a new version, a quieter quantisation), so they are
+watched together. CUSUM on the residuals of its answers, in standard deviations, finds a change to
+either side. After one for the worse a sequential test asks whether it is again what it was.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Alarm = Literal["worse", "better"]
+from swapper.learning.cells import Cell
+
+Alarm = Literal["worse", "better", "recovered"]
 
 # In standard deviations of one answer: what drift is let pass, and the sum that alarms. Half a
 # deviation is found in about 60 answers, a whole one in 20; without a change there is an alarm in
@@ -21,45 +24,85 @@ THRESHOLD = 16.0
 CLIP = 3.0
 # A cell whose expectation rests on fewer observations is not judged by it.
 MIN_WEIGHT = 12.0
-# Share of the evidence that is kept on alarm, and the memory of a model that fell from favour.
+# Share of the evidence that is kept on alarm.
 KEPT = 0.1
-FALLEN_MEMORY = 30.0
-# A model that fell is asked again for this long.
-FALLEN_SECONDS = 7 * 86400.0
+# Logarithm of how much likelier "as before" must be than "still worse". A model that is still
+# worse passes once in e⁴ = 55 answers at most, and then is found out as at first.
+RECOVERED = 4.0
+# So many answers after its fall a model is asked as often as REPROBE_SHARE says, then ever less.
+EAGER = 50
+# Quality is taken to be at least this far from 0 and 1, where one answer would decide.
+EDGE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """The sums of one model.
+    """The sums of one model: a row.
 
-    ``loss``: how much quality it lost at its last alarm for the worse, for as long as none for the
-    better came; ``alarmed_at``: the last alarm of either kind.
+    ``low``, ``high``: CUSUM for the worse and the better; ``expected`` and ``got`` are the quality
+    since ``low`` left zero. ``fell_to``: share of its former quality at the last fall; None: it
+    stands. ``asked``: answers since; ``recovery``: what they say for its being back.
     """
 
     low: float = 0.0
     high: float = 0.0
-    low_gap: float = 0.0
-    low_run: int = 0
+    expected: float = 0.0
+    got: float = 0.0
     alarms: int = 0
     alarmed_at: float | None = None
-    loss: float = 0.0
+    fell_to: float | None = None
+    asked: int = 0
+    recovery: float = 0.0
 
-    def seen(self, quality: float, expected: float, at: float) -> tuple[Drift, Alarm | None]:
-        """After an answer of ``quality`` where ``expected`` was the mean; and the alarm, if any."""
-        gap = quality - expected
-        residual = gap / math.sqrt(max(expected * (1 - expected), 0.01))
+    @property
+    def eagerness(self) -> float:
+        """How often to ask whether it is back: 1 as a rule allows, 0 never."""
+        return 0.0 if self.fell_to is None else min(1.0, EAGER / max(self.asked, 1))
+
+    def seen(self, quality: float, cell: Cell, at: float) -> tuple[Drift, Alarm | None]:
+        """After an answer of ``quality`` where ``cell`` said what to expect; and the alarm."""
+        watch = self
+        if self.fell_to is not None and cell.before is not None:
+            watch = self._asked(quality, cell.before)
+            if watch.recovery >= RECOVERED:
+                return Drift(alarms=self.alarms + 1, alarmed_at=at), "recovered"
+        if cell.weight < MIN_WEIGHT:
+            return watch, None
+        expected = cell.mean
+        residual = (quality - expected) / math.sqrt(max(expected * (1 - expected), 0.01))
         residual = min(CLIP, max(-CLIP, residual))
-        low = max(0.0, self.low - residual - SLACK)
-        high = max(0.0, self.high + residual - SLACK)
-        low_gap, low_run = (self.low_gap - gap, self.low_run + 1) if low else (0.0, 0)
+        low = max(0.0, watch.low - residual - SLACK)
+        high = max(0.0, watch.high + residual - SLACK)
+        run = (watch.expected + expected, watch.got + quality) if low else (0.0, 0.0)
         if low >= THRESHOLD:
-            loss = max(self.loss, low_gap / low_run)
-            return Drift(alarms=self.alarms + 1, alarmed_at=at, loss=loss), "worse"
+            fell_to = run[1] / run[0] * (1.0 if self.fell_to is None else self.fell_to)
+            return Drift(alarms=self.alarms + 1, alarmed_at=at, fell_to=fell_to), "worse"
         if high >= THRESHOLD:
-            return Drift(alarms=self.alarms + 1, alarmed_at=at), "better"
-        return replace(self, low=low, high=high, low_gap=low_gap, low_run=low_run), None
+            after = replace(watch, alarms=self.alarms + 1, alarmed_at=at, low=0.0, high=0.0)
+            return replace(after, expected=0.0, got=0.0), "better"
+        return replace(watch, low=low, high=high, expected=run[0], got=run[1]), None
 
-    def fallen(self, now: float) -> float:
-        """The quality that it lost and may have found again; 0 where there is nothing to ask."""
-        recent = self.alarmed_at is not None and now - self.alarmed_at < FALLEN_SECONDS
-        return self.loss if recent else 0.0
+    def _asked(self, quality: float, before: float) -> Drift:
+        """After an answer of a fallen model: is it as ``before``, or still worse?"""
+        assert self.fell_to is not None
+        back = min(1 - EDGE, max(2 * EDGE, before))
+        still = min(back - EDGE, max(EDGE, before * self.fell_to))
+        says = quality * math.log(back / still) + (1 - quality) * math.log((1 - back) / (1 - still))
+        return replace(self, asked=self.asked + 1, recovery=max(0.0, self.recovery + says))
+
+
+def forget(cell: Cell, alarm: Alarm, share: float) -> Cell:
+    """What is left of a cell after its model's alarm; ``share``: the quality left by a fall."""
+    weight = KEPT * cell.weight
+    mean = cell.mean
+    if alarm == "recovered":
+        if cell.before is None:
+            return cell
+        weight, mean = max(weight, MIN_WEIGHT), cell.before
+        return replace(cell, good=mean * weight, bad=(1 - mean) * weight, before=None)
+    before = cell.before
+    if alarm == "worse":
+        if before is None and cell.weight >= MIN_WEIGHT:
+            before = mean
+        mean *= min(1.0, share)
+    return replace(cell, good=mean * weight, bad=(1 - mean) * weight, before=before)

@@ -118,35 +118,28 @@ class Learned:
         key = (event.task, event.model)
         cell = self.cells.get(key, Cell())
         watch = self.drifts.get(event.model, Drift())
-        changed: set[Changed] = {("cell", *key)}
-        if cell.weight >= drift.MIN_WEIGHT:
-            expected = cell.good / cell.weight
-            watch, alarm = watch.seen(quality, expected, event.at)
-            self.drifts[event.model] = watch
-            changed.add(("drift", event.model))
-            if alarm is not None:
-                changed |= self._forget(event.model)
-                cell = self.cells[key]
-        self.cells[key] = cell.observed(
+        watch, alarm = watch.seen(quality, cell, event.at)
+        self.drifts[event.model] = watch
+        changed: set[Changed] = {("cell", *key), ("drift", event.model)}
+        if alarm is not None:
+            for other in [other for other in self.cells if other[1] == event.model]:
+                self._put(other, drift.forget(self.cells[other], alarm, watch.fell_to or 1.0))
+                changed.add(("cell", *other))
+            cell = self.cells[key]
+        cell = cell.observed(
             quality,
             event.at,
             success=event.success,
             latency_ms=event.latency_ms,
             cost_usd=event.cost_usd,
-            memory=drift.FALLEN_MEMORY if watch.fallen(event.at) else cells.MEMORY,
         )
-        if self._beliefs is not None:
-            self._beliefs.put(key, self.cells[key])
+        self._put(key, cell)
         return changed
 
-    def _forget(self, model: str) -> set[Changed]:
-        """Drop most of what is known of a model that changed."""
-        keys = [key for key in self.cells if key[1] == model]
-        for key in keys:
-            self.cells[key] = self.cells[key].faded(drift.KEPT)
-            if self._beliefs is not None:
-                self._beliefs.put(key, self.cells[key])
-        return {("cell", *key) for key in keys}
+    def _put(self, key: TaskModel, cell: Cell) -> None:
+        self.cells[key] = cell
+        if self._beliefs is not None:
+            self._beliefs.put(key, cell)
 
     def _listen(self, model: str, starts: list[float], now: float) -> set[Changed]:
         while starts and now - starts[0] > LOST_SECONDS:
@@ -185,10 +178,10 @@ class Learned:
             beliefs = self._beliefs = Beliefs(table, sorted(tasks), self.globals)
             for key, cell in self.cells.items():
                 beliefs.put(key, cell)
-        loss = np.zeros(len(table.cards))
+        fallen = np.zeros(len(table.cards))
         for model, watch in self.drifts.items():
-            if watch.loss and model in table.index:
-                loss[table.index[model]] = watch.fallen(now)
+            if watch.fell_to is not None and model in table.index:
+                fallen[table.index[model]] = watch.eagerness
         barred, probes = self._standing(table, now)
         quality, weight = beliefs.of(task)
         row = beliefs.row[task]
@@ -197,7 +190,8 @@ class Learned:
             weight=weight,
             observations=beliefs.observations[row],
             latency_ms=beliefs.latency_ms[row],
-            loss=loss,
+            fallen=fallen,
+            before=beliefs.before[row],
             barred=barred,
             probes=probes,
         )
@@ -232,6 +226,7 @@ class Beliefs:
         self.good, self.weight = np.zeros(shape), np.zeros(shape)
         self.observations = np.zeros(shape, dtype=np.int64)
         self.latency_ms = np.tile(table.latency_ms, (len(tasks), 1))
+        self.before = np.zeros(shape)
         self._static = np.tile(table.quality, (len(tasks), 1))
         for (task, model), found in everywhere.items():
             if (place := self._place(task, model)) is not None:
@@ -245,6 +240,7 @@ class Beliefs:
             return
         self.good[place], self.weight[place] = cell.good, cell.weight
         self.observations[place] = cell.observations
+        self.before[place] = cell.before or 0.0
         if cell.latency_ms is not None:
             self.latency_ms[place] = cell.latency_ms
         self._priors = None
