@@ -89,6 +89,7 @@ EXPLORED = 16
 # Share of the low-priority requests, of those that it may win, that look whether a model that fell
 # from favour is back.
 REPROBE_SHARE = 0.25
+NEAR = 0.05
 PREFERRED_BONUS = 0.25
 PRIORITY_BONUS = 0.05
 PARTS = ("quality", "cost", "latency", "preference")
@@ -548,12 +549,12 @@ def reprobe(
     indices: NDArray[np.intp],
     generator: np.random.Generator,
 ) -> int | None:
-    """The fallen model to look at again, each with its ``chance``: one that would be the best if
-    it were again what it was (with ``back`` as its score)."""
+    """The fallen model to look at again, each with its ``chance``: one that would be the best,
+    or nearly, if it were again what it was (with ``back`` as its score)."""
     if not chance.any():
         return None
     best = scores[indices].max()
-    asked = indices[(chance[indices] > generator.random()) & (back[indices] >= best)]
+    asked = indices[(chance[indices] > generator.random()) & (back[indices] >= best - NEAR)]
     return int(generator.choice(asked)) if len(asked) else None
 
 

@@ -29,7 +29,8 @@ class Cell:
 
     ``good`` + ``bad`` is the remembered weight, ``observations`` the count ever. Averages are of
     what was answered: ``latency_ms`` and ``cost_usd`` (None: not known yet), as long a memory.
-    ``before``: the mean before the model got worse, for as long as it is.
+    ``before`` and ``before_weight``: mean and weight before the model got worse, for as long as it
+    is.
     """
 
     good: float = 0.0
@@ -39,7 +40,8 @@ class Cell:
     cost_usd: float | None = None
     last_success_at: float | None = None
     last_failure_at: float | None = None
-    before: float | None = None
+    before: float = 0.0
+    before_weight: float = 0.0
 
     @property
     def weight(self) -> float:

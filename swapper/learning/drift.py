@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from swapper.learning.cells import Cell
+from swapper.selection import PRIOR_WEIGHT
 
 Alarm = Literal["worse", "better", "recovered"]
 
@@ -24,11 +25,13 @@ THRESHOLD = 16.0
 CLIP = 3.0
 # A cell whose expectation rests on fewer observations is not judged by it.
 MIN_WEIGHT = 12.0
-# Share of the evidence that is kept on alarm.
-KEPT = 0.1
+# Share of the evidence that is kept on alarm, and of the former evidence that a recovery restores.
+KEPT, RESTORED = 0.1, 0.5
 # Logarithm of how much likelier "as before" must be than "still worse". A model that is still
 # worse passes once in e⁴ = 55 answers at most, and then is found out as at first.
 RECOVERED = 4.0
+# What a fall is taken to have left at least: the estimate at an alarm is of a bad moment.
+LEAST_FALL = 0.5
 # So many answers after its fall a model is asked as often as REPROBE_SHARE says, then ever less.
 EAGER = 50
 # Quality is taken to be at least this far from 0 and 1, where one answer would decide.
@@ -62,7 +65,7 @@ class Drift:
     def seen(self, quality: float, cell: Cell, at: float) -> tuple[Drift, Alarm | None]:
         """After an answer of ``quality`` where ``cell`` said what to expect; and the alarm."""
         watch = self
-        if self.fell_to is not None and cell.before is not None:
+        if self.fell_to is not None and cell.before_weight >= MIN_WEIGHT:
             watch = self._asked(quality, cell.before)
             if watch.recovery >= RECOVERED:
                 return Drift(alarms=self.alarms + 1, alarmed_at=at), "recovered"
@@ -70,7 +73,8 @@ class Drift:
             return watch, None
         expected = cell.mean
         residual = (quality - expected) / math.sqrt(max(expected * (1 - expected), 0.01))
-        residual = min(CLIP, max(-CLIP, residual))
+        # What is expected is itself a guess, and of the cells that are asked most a high one.
+        residual = min(CLIP, max(-CLIP, residual)) * cell.weight / (cell.weight + PRIOR_WEIGHT)
         low = max(0.0, watch.low - residual - SLACK)
         high = max(0.0, watch.high + residual - SLACK)
         run = (watch.expected + expected, watch.got + quality) if low else (0.0, 0.0)
@@ -86,23 +90,26 @@ class Drift:
         """After an answer of a fallen model: is it as ``before``, or still worse?"""
         assert self.fell_to is not None
         back = min(1 - EDGE, max(2 * EDGE, before))
-        still = min(back - EDGE, max(EDGE, before * self.fell_to))
+        still = min(back - EDGE, max(EDGE, before * max(self.fell_to, LEAST_FALL)))
         says = quality * math.log(back / still) + (1 - quality) * math.log((1 - back) / (1 - still))
         return replace(self, asked=self.asked + 1, recovery=max(0.0, self.recovery + says))
 
 
 def forget(cell: Cell, alarm: Alarm, share: float) -> Cell:
     """What is left of a cell after its model's alarm; ``share``: the quality left by a fall."""
-    weight = KEPT * cell.weight
-    mean = cell.mean
-    if alarm == "recovered":
-        if cell.before is None:
-            return cell
-        weight, mean = max(weight, MIN_WEIGHT), cell.before
-        return replace(cell, good=mean * weight, bad=(1 - mean) * weight, before=None)
-    before = cell.before
-    if alarm == "worse":
-        if before is None and cell.weight >= MIN_WEIGHT:
-            before = mean
-        mean *= min(1.0, share)
-    return replace(cell, good=mean * weight, bad=(1 - mean) * weight, before=before)
+    match alarm:
+        case "recovered":
+            if not cell.before_weight:
+                return cell
+            after = replace(cell, before=0.0, before_weight=0.0)
+            return _believing(after, cell.before, RESTORED * cell.before_weight)
+        case "worse":
+            after = cell
+            if not cell.before_weight:
+                after = replace(cell, before=cell.mean, before_weight=cell.weight)
+            return _believing(after, cell.mean * min(1.0, share), KEPT * cell.weight)
+    return _believing(cell, cell.mean, KEPT * cell.weight)
+
+
+def _believing(cell: Cell, mean: float, weight: float) -> Cell:
+    return replace(cell, good=mean * weight, bad=(1 - mean) * weight)

@@ -240,7 +240,7 @@ class Beliefs:
             return
         self.good[place], self.weight[place] = cell.good, cell.weight
         self.observations[place] = cell.observations
-        self.before[place] = cell.before or 0.0
+        self.before[place] = cell.before
         if cell.latency_ms is not None:
             self.latency_ms[place] = cell.latency_ms
         self._priors = None
