@@ -88,7 +88,7 @@ PRIOR_SHARPNESS = 2.0
 EXPLORED = 16
 # Share of the low-priority requests, of those that it may win, that look whether a model that fell
 # from favour is back.
-REPROBE_SHARE = 0.25
+REPROBE_SHARE = 0.35
 NEAR = 0.05
 PREFERRED_BONUS = 0.25
 PRIORITY_BONUS = 0.05
@@ -227,7 +227,8 @@ class Knowledge:
     """What is known of a table's models for one task: arrays, one entry per model.
 
     ``quality`` and ``weight``: mean and weight of each posterior, the prior's PRIOR_WEIGHT
-    included. ``observations``: outcomes ever seen. ``fallen``: how eagerly (0–1) to ask a model that
+    included. ``observations``: outcomes ever seen. ``answers``: the chance that it
+    answers at all, 1 but for one whose last call failed. ``fallen``: how eagerly (0–1) to ask a model that
     got worse whether it is again what it was, and ``before`` is its quality then. ``barred``: models that none may have, by rule (breakers, rate limits);
     ``probes``: models that only requests of low priority may have, to see whether they are back.
     """
@@ -236,6 +237,7 @@ class Knowledge:
     weight: Floats
     observations: NDArray[np.int64]
     latency_ms: Floats
+    answers: Floats
     fallen: Floats
     before: Floats
     barred: Mapping[str, Mask]
@@ -250,6 +252,7 @@ class Knowledge:
             weight=np.full(count, PRIOR_WEIGHT),
             observations=np.zeros(count, dtype=np.int64),
             latency_ms=table.latency_ms,
+            answers=np.ones(count),
             fallen=np.zeros(count),
             before=np.zeros(count),
             barred={},
@@ -334,7 +337,7 @@ class Ranking:
         chosen = np.asarray(indices, dtype=np.intp)
         parts = np.array(
             [
-                weights.quality * self.theta[chosen],
+                weights.quality * known.answers[chosen] * self.theta[chosen],
                 -weights.cost * self.costs[chosen],
                 -weights.latency * known.latency_ms[chosen] / 1000,
                 self.preference[chosen],
@@ -500,18 +503,19 @@ def rank(
     if query.preferred_providers:
         preference = preference + PREFERRED_BONUS * table.of_providers(query.preferred_providers)
     rest = preference - weights.cost * costs - weights.latency / 1000 * known.latency_ms
-    scores = rest + weights.quality * known.quality
+    worth = weights.quality * known.answers
+    scores = rest + worth * known.quality
     indices = np.flatnonzero(allowed)
     theta, drawn, reprobed = known.quality, None, None
     if generator is not None and query.priority in EXPLORING and len(indices):
         if query.priority == "low":
-            back = rest + weights.quality * known.before
+            back = rest + worth * known.before
             reprobed = reprobe(known.fallen * reprobe_share, back, scores, indices, generator)
         drawn = np.zeros(len(table.cards), dtype=np.bool_)
         drawn[shortlist(scores, indices)] = True
         theta = known.quality.copy()
         theta[drawn] = draw(known.quality[drawn], known.weight[drawn], generator)
-        scores = rest + weights.quality * theta
+        scores = rest + worth * theta
     # Best score first, the cheaper one at a tie; the table's order (by name) settles the rest.
     order = indices[np.lexsort((costs[indices], -scores[indices]))]
     if reprobed is not None:

@@ -26,6 +26,8 @@ class Result:
     utility: NDArray[np.float64]
     ideal: NDArray[np.float64]
     important: NDArray[np.bool_]
+    outage_requests: int
+    first_hurt: int
     to_hurt: int
     back_seconds: float
     back_requests: float
@@ -70,6 +72,8 @@ def replay(
         utility=utility,
         ideal=ideal,
         important=world.priority >= 2,
+        outage_requests=world.last - world.first,
+        first_hurt=world.first,
         to_hurt=int((chosen[world.first : world.last] == world.best).sum()),
         back_seconds=float(world.at[back] - world.until) if back is not None else float("inf"),
         back_requests=float(back - world.last) if back is not None else float("inf"),

@@ -38,7 +38,7 @@ class Settings:
     rate: float = 5.5
     completion_tokens: int = 256
     cost_weight: float = 1.0
-    lag: float = 0.5
+    lag: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

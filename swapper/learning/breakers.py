@@ -16,6 +16,9 @@ Forced = Literal["open", "closed"]
 IN_A_ROW = 3
 WINDOW = 10
 COOL_DOWN_SECONDS = 15.0
+# After a failed probe it cools down for longer: each probe is somebody's failed request, and
+# outages mostly last an hour.
+LONG_COOL_DOWN_SECONDS = 30.0
 SUCCESSES_TO_CLOSE = 2
 # Probes are of low priority; where nobody asked that way for this long, the next of any priority
 # is one, since else an installation without low priority would never find out.
@@ -51,6 +54,7 @@ class Breaker:
     probe_at: float | None = None
     successes: int = 0
     trips: int = 0
+    failed_at: float = -math.inf
     limited_until: float = -math.inf
     forced: Forced | None = None
     forced_reason: str = ""
@@ -71,6 +75,15 @@ class Breaker:
     def waits_long(self, now: float) -> bool:
         """Whether no probe came for so long that any request may be one."""
         return self.takes_probe(now) and now - self.until > PATIENCE_SECONDS
+
+    def doubt(self, now: float) -> float:
+        """0–1: how far the failures since its last answer have brought it towards tripping.
+
+        Forgotten after a cool-down: who is not asked has no chance to answer.
+        """
+        if self.tripped or now - self.failed_at > COOL_DOWN_SECONDS:
+            return 0.0
+        return min(1.0, self._failures() / IN_A_ROW)
 
     def probing(self, at: float) -> Breaker:
         return replace(self, probe_at=at)
@@ -98,7 +111,7 @@ class Breaker:
             return self
         if self.tripped:
             return self._open(f"probe failed: {why}", at)
-        after = replace(self, recent=(*self.recent, model)[-WINDOW:])
+        after = replace(self, recent=(*self.recent, model)[-WINDOW:], failed_at=at)
         if after._culprit(after.recent[-IN_A_ROW:], IN_A_ROW):
             return after._open(f"{IN_A_ROW} in a row: {why}", at)
         if after._culprit(after.recent, WINDOW // 2):
@@ -114,10 +127,7 @@ class Breaker:
             return self
         if self.tripped:
             return self if self.probe_at is None else self._open("probe unanswered", at)
-        failures = 0
-        while failures < len(self.recent) and self.recent[-1 - failures]:
-            failures += 1
-        if failures + overdue < IN_A_ROW:
+        if self._failures() + overdue < IN_A_ROW:
             return self
         return self._open(f"silence: {overdue} overdue", at)
 
@@ -139,7 +149,7 @@ class Breaker:
             tripped=True,
             reason=reason,
             since=at,
-            until=at + COOL_DOWN_SECONDS,
+            until=at + (LONG_COOL_DOWN_SECONDS if self.tripped else COOL_DOWN_SECONDS),
             probe_at=None,
             successes=0,
             trips=self.trips + (not self.tripped),
@@ -148,6 +158,10 @@ class Breaker:
     def _counts(self, started_at: float) -> bool:
         """Whether a call begun then says anything of now: of an open one, only probes do."""
         return started_at >= (self.until if self.tripped else self.since)
+
+    def _failures(self) -> int:
+        """Failures since the last answer."""
+        return next((n for n, model in enumerate(reversed(self.recent)) if not model), len(self.recent))
 
     def _culprit(self, outcomes: tuple[str, ...], failures: int) -> bool:
         failed = [model for model in outcomes if model]

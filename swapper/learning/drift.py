@@ -28,8 +28,8 @@ MIN_WEIGHT = 12.0
 # Share of the evidence that is kept on alarm, and of the former evidence that a recovery restores.
 KEPT, RESTORED = 0.1, 0.5
 # Logarithm of how much likelier "as before" must be than "still worse". A model that is still
-# worse passes once in e⁴ = 55 answers at most, and then is found out as at first.
-RECOVERED = 4.0
+# worse passes once in e³ = 20 answers at most, and then is found out as at first.
+RECOVERED = 3.0
 # What a fall is taken to have left at least: the estimate at an alarm is of a bad moment.
 LEAST_FALL = 0.5
 # So many answers after its fall a model is asked as often as REPROBE_SHARE says, then ever less.

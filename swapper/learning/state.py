@@ -182,6 +182,10 @@ class Learned:
         for model, watch in self.drifts.items():
             if watch.fell_to is not None and model in table.index:
                 fallen[table.index[model]] = watch.eagerness
+        answers = np.ones(len(table.cards))
+        for model, breaker in self.models.items():
+            if breaker.recent and model in table.index:
+                answers[table.index[model]] = 1 - breaker.doubt(now)
         barred, probes = self._standing(table, now)
         quality, weight = beliefs.of(task)
         row = beliefs.row[task]
@@ -190,6 +194,7 @@ class Learned:
             weight=weight,
             observations=beliefs.observations[row],
             latency_ms=beliefs.latency_ms[row],
+            answers=answers,
             fallen=fallen,
             before=beliefs.before[row],
             barred=barred,
