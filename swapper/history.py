@@ -351,8 +351,9 @@ def _length(parts: Mapping[str, float]) -> float:
 def _segments(parts: Mapping[str, float], highest: float) -> Iterator[Segment]:
     start = 0.0
     for part in PARTS:
-        value = parts.get(part, 0.0)
-        # A part below zero (an unwanted provider) has no length; the table has its number.
+        # Older decisions have reliability in the place of quality.
+        value = parts.get(part, parts.get("reliability", 0.0) if part == "quality" else 0.0)
+        # A part below zero (what a model costs) has no length; the table has its number.
         width = max(0.0, value) * 100 / highest
         yield Segment(part, value, round(start, 2), round(width, 2))
         start += width

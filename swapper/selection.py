@@ -1,8 +1,12 @@
 """Which model, and why. Pure: dataclasses in, a ranked choice with its reasons out.
 
-No ORM, clock, settings or randomness. ``rank`` works on arrays (one row per usable model), so that
-thousands of models take well under two milliseconds; floats serve the ranking only, and every
-amount that is answered or held is computed exactly by ``pricing``.
+    score = θ − λ·cost − μ·latency + preference
+
+θ is the believed quality of a model for a task (``Knowledge``, from ``swapper.learning``), λ and μ
+are the ``Weights`` of the request's priority. No ORM, clock, settings or randomness of its own:
+what is drawn comes from a generator that is passed in. ``rank`` works on arrays (one row per usable
+model), so that thousands of models take well under two milliseconds; floats serve the ranking
+only, and every amount that is answered or held is computed exactly by ``pricing``.
 """
 
 from __future__ import annotations
@@ -57,21 +61,25 @@ class Weights:
         return self
 
     def under_pressure(self, utilisation: float) -> Weights:
-        """From 80 % of a money limit on λ rises: twice at 90 %; at 100 % only cost counts.
+        """From 80 % of a money limit on λ rises to that of low priority; at 100 % only cost counts.
 
-        The rest is scaled down instead of λ up, which is the same order without infinity.
+        The rest is scaled down as well, which is λ rising without end.
         """
         keep = min(1.0, max(0.0, (1 - utilisation) / (1 - PRESSURE_FROM)))
-        return replace(self, quality=self.quality * keep, latency=self.latency * keep)
+        return Weights(
+            quality=self.quality * keep,
+            cost=self.cost + (1 - keep) * max(0.0, WEIGHTS["low"].cost - self.cost),
+            latency=self.latency * keep,
+        )
 
 
-# λ says what a perfect answer instead of a useless one is worth: $0.025, $0.10, $0.40, $1.60.
-# Every tier's requests cost about $0.02 where its day's money is spread over its day's requests.
+# λ says what a perfect answer instead of a useless one is worth: $0.01, $0.10, $0.50, $2.50. Every
+# tier's requests cost about $0.02 where its day's money is spread over its day's requests.
 WEIGHTS: dict[Priority, Weights] = {
-    "low": Weights(quality=1.0, cost=40.0, latency=0.01),
+    "low": Weights(quality=1.0, cost=100.0, latency=0.01),
     "medium": Weights(quality=1.0, cost=10.0, latency=0.02),
-    "high": Weights(quality=1.0, cost=2.5, latency=0.02),
-    "critical": Weights(quality=1.0, cost=0.625, latency=0.01),
+    "high": Weights(quality=1.0, cost=2.0, latency=0.02),
+    "critical": Weights(quality=1.0, cost=0.4, latency=0.01),
 }
 EXPLORING: frozenset[Priority] = frozenset({"low", "medium"})
 # What an untried model is taken for: the first figure up to reliability 0.90, the second more at
@@ -79,16 +87,17 @@ EXPLORING: frozenset[Priority] = frozenset({"low", "medium"})
 STATIC_QUALITY, STATIC_SPREAD = 0.65, 0.20
 RELIABILITY_FLOOR = 0.90
 PRIOR_WEIGHT = 12.0
-# Samples are drawn as if there were this many times the observations: a bolder sampling explores
-# more than pays within the thousands of requests that an installation sees between changes.
-SHARPNESS = 6.0
-PRIOR_SHARPNESS = 2.0
+# Samples are drawn as if prior and observations weighed this many times as much: plain sampling
+# explores more than pays within the thousands of requests between changes. The prior less, since
+# else a model that starts unluckily never gets a second chance.
+PRIOR_SHARPNESS, SHARPNESS = 2.0, 6.0
 # Only the best so many (by what is known) are drawn for. Of hundreds of untried models the
 # cheapest come first; those that disappoint make room for the next.
 EXPLORED = 16
-# Share of the low-priority requests, of those that it may win, that look whether a model that fell
-# from favour is back.
+# Share of the low-priority requests that look whether a model that fell
+# from favour is back …
 REPROBE_SHARE = 0.35
+# … which are those that it would win, or miss by no more than this.
 NEAR = 0.05
 PREFERRED_BONUS = 0.25
 PRIORITY_BONUS = 0.05
@@ -227,10 +236,11 @@ class Knowledge:
     """What is known of a table's models for one task: arrays, one entry per model.
 
     ``quality`` and ``weight``: mean and weight of each posterior, the prior's PRIOR_WEIGHT
-    included. ``observations``: outcomes ever seen. ``answers``: the chance that it
-    answers at all, 1 but for one whose last call failed. ``fallen``: how eagerly (0–1) to ask a model that
-    got worse whether it is again what it was, and ``before`` is its quality then. ``barred``: models that none may have, by rule (breakers, rate limits);
-    ``probes``: models that only requests of low priority may have, to see whether they are back.
+    included. ``observations``: outcomes ever seen. ``answers``: the chance that it answers at all,
+    1 but for one whose last call failed. ``fallen``: how eagerly (0–1) to ask a model that got
+    worse whether it is again what it was, and ``before`` is its quality then. ``barred``: models
+    that none may have, by rule (breakers, rate limits); ``probes``: models that only requests of
+    low priority may have, to see whether they are back.
     """
 
     quality: Floats
@@ -390,6 +400,16 @@ class Ranking:
         for position in np.flatnonzero(~fits & (costs <= limit + near)).tolist():
             fits[position] = self.estimate(int(indices[position])) <= usd
         return indices[fits]
+
+    @property
+    def exploration(self) -> str:
+        """In words: whether the first one was chosen for what is known, or to learn."""
+        if self.reprobed is not None:
+            return "asked to see whether it is again what it was"
+        return "no exploration" if self.drawn is None else "qualities drawn from what is known"
+
+    def latency_ms(self, candidate: Candidate) -> float:
+        return float(self.knowledge.latency_ms[self.table.index[candidate.card.id]])
 
     def fits(self, index: int, rooms_usd: Mapping[str, Decimal]) -> bool:
         """Whether model ``index`` fits the room of its provider, if that has a limit."""
@@ -569,17 +589,22 @@ def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
     """
     chosen = choice.chosen
     card = chosen.card
+    basis = (
+        f"{chosen.observations} {'outcome' if chosen.observations == 1 else 'outcomes'}"
+        if chosen.observations
+        else "the catalogue, not tried yet"
+    )
     text = (
         f"{card.name} ({card.provider_type}) for {ranking.query.task_type}:"
-        f" score {chosen.score:.2f} from reliability {card.reliability:.3f},"
-        f" about {card.latency_ms} ms and at most ${pricing_text(chosen.estimate_usd)},"
-        f" best of {len(ranking)}"
+        f" quality {chosen.quality:.2f} ± {chosen.deviation:.2f} from {basis},"
+        f" about {ranking.latency_ms(chosen):.0f} ms and at most"
+        f" ${pricing_text(chosen.estimate_usd)}, best of {len(ranking)}"
         f" {'candidate' if len(ranking) == 1 else 'candidates'}"
     )
     runner_up = next((c for c in best if c.card is not card), None)
     if runner_up is not None and choice.too_dear is None:
-        text += f"; runner-up {runner_up.card.name} {runner_up.score:.2f}"
-    text += f" ({ranking.query.priority} priority)."
+        text += f"; runner-up {runner_up.card.name} {runner_up.quality:.2f}"
+    text += f"; {ranking.exploration} ({ranking.query.priority} priority)."
     if choice.too_dear is not None:
         better = choice.too_dear
         text += (

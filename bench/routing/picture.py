@@ -22,7 +22,7 @@ BLOCK = 50
 
 def svg(data: Recorded, found: Results) -> str:
     """Two panels, one above the other; means over the seeds."""
-    title = '<title>Regret over time, and traffic per model around an outage</title>'
+    title = "<title>Regret over time, and traffic per model around an outage</title>"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
@@ -52,7 +52,9 @@ def regret(found: Results) -> Iterator[str]:
     ends = []
     for name, curve, colour in zip(names, curves, COLOURS, strict=False):
         inside = places[curve[places] <= top]
-        yield line(inside / count, curve[inside] / top, TOP, colour, 2.5 if name == "learning" else 1.3)
+        yield line(
+            inside / count, curve[inside] / top, TOP, colour, 2.5 if name == "learning" else 1.3
+        )
         ends.append((min(float(curve[-1]) / top, 1.0), f"{name} {curve[-1]:.0f}", colour))
     yield from labels(ends, TOP)
 
@@ -85,7 +87,7 @@ def traffic(data: Recorded, found: Results) -> Iterator[str]:
 
 def frame(top: int, title: str, end: int, begin: int, highest: float) -> Iterator[str]:
     right, bottom = WIDTH - RIGHT, top + PANEL
-    yield f'<text x="{LEFT}" y="{top - 14}" font-size="14" font-weight="bold">{escape(title)}</text>'
+    yield f'<text x="{LEFT}" y="{top - 14}" font-size="14">{escape(title)}</text>'
     yield f'<path d="M{LEFT} {top}V{bottom}H{right}" fill="none" stroke="#666"/>'
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = LEFT + part * (right - LEFT), bottom - part * PANEL

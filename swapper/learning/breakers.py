@@ -161,7 +161,9 @@ class Breaker:
 
     def _failures(self) -> int:
         """Failures since the last answer."""
-        return next((n for n, model in enumerate(reversed(self.recent)) if not model), len(self.recent))
+        return next(
+            (n for n, model in enumerate(reversed(self.recent)) if not model), len(self.recent)
+        )
 
     def _culprit(self, outcomes: tuple[str, ...], failures: int) -> bool:
         failed = [model for model in outcomes if model]

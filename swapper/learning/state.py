@@ -163,9 +163,7 @@ class Learned:
         changed.add(("provider", provider))
         return changed
 
-    def _breakers(
-        self, model: str, provider: str
-    ) -> Iterable[tuple[str, dict[str, Breaker], str]]:
+    def _breakers(self, model: str, provider: str) -> Iterable[tuple[str, dict[str, Breaker], str]]:
         self.models.setdefault(model, Breaker())
         self.providers.setdefault(provider, Breaker(culprits=2))
         return (("model", self.models, model), ("provider", self.providers, provider))

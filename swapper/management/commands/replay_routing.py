@@ -31,7 +31,9 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("scores", type=Path, help="CSV: task, prompt_tokens_est, one per model")
-        parser.add_argument("--prices", type=Path, required=True, help="CSV: USD per million tokens")
+        parser.add_argument(
+            "--prices", type=Path, required=True, help="CSV: USD per million tokens"
+        )
         parser.add_argument("--arrivals", type=Path, help="CSV with TIMESTAMP; else made-up bursts")
         parser.add_argument("--requests", type=count, default=10_000)
         parser.add_argument("--rate", type=positive, default=5.5, help="requests a second, mean")
