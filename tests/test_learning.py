@@ -105,16 +105,24 @@ def test_after_a_change_a_full_cell_is_convinced_within_its_memory():
 
 
 def test_the_prior_of_an_untried_cell_is_level_of_the_task_plus_offset_of_the_model():
-    learned = Learned()
-    for task, level in (("easy", 0.9), ("hard", 0.3)):
-        for model, offset in (("a", 0.1), ("b", -0.1), ("c", 0.0)):
-            if (task, model) != ("hard", "b"):
-                mean = level + offset
-                learned.cells[task, model] = Cell(100 * mean, 100 * (1 - mean), 100)
-    known = learned.knowledge(TABLE, "hard", 0.0)
-    assert known.weight[1] == PRIOR_WEIGHT and known.observations[1] == 0
-    assert known.quality[1] < known.quality[2] < known.quality[0]
-    assert known.quality[1] < 0.45, "neither the easy task's level nor the catalogue's word"
+    offsets = {"a": 0.1, "b": -0.1, "c": 0.0}
+
+    def untried(model: str) -> float:
+        """What is believed of ``model`` at a hard task that the others were tried at."""
+        learned = Learned()
+        for n in range(10):
+            task, level = ("hard", 0.3) if not n else (f"easy {n}", 0.8)
+            for name, offset in offsets.items():
+                if (task, name) != ("hard", model):
+                    mean = level + offset
+                    learned.cells[task, name] = Cell(100 * mean, 100 * (1 - mean), 100)
+        known = learned.knowledge(TABLE, "hard", 0.0)
+        index = TABLE.index[model]
+        assert (known.weight[index], known.observations[index]) == (PRIOR_WEIGHT, 0)
+        return float(known.quality[index])
+
+    assert untried("b") + 0.05 < untried("c") < untried("a") - 0.05
+    assert untried("c") < 0.6, "neither the easy tasks' level nor the catalogue's word"
 
 
 def test_what_other_installations_found_counts_until_there_are_own_outcomes():
@@ -152,9 +160,9 @@ def test_a_refusal_to_answer_counts_against_quality_and_not_for_the_breaker(kind
 
 
 def beliefs(*pairs: tuple[float, float]) -> Knowledge:
-    learned = Learned(
-        {("chat", c.id): Cell(m * w, (1 - m) * w, int(w)) for c, (m, w) in zip(TABLE.cards, pairs, strict=True)}
-    )  # fmt: skip
+    learned = Learned()
+    for known, (mean, weight) in zip(TABLE.cards, pairs, strict=True):
+        learned.cells["chat", known.id] = Cell(mean * weight, (1 - mean) * weight, int(weight))
     return learned.knowledge(TABLE, "chat", 0.0)
 
 
@@ -176,7 +184,7 @@ def test_high_priority_never_explores(pairs: list[tuple[float, float]], priority
 
 
 def test_low_and_medium_try_what_is_not_known_and_mostly_what_is_good():
-    known = beliefs((0.9, 200), (0.1, 200), (0.8, 2))
+    known = beliefs((0.7, 200), (0.1, 200), (0.8, 2))
     for priority in ("low", "medium"):
         generator = np.random.default_rng(1)
         first = [int(rank(TABLE, query(priority), known, generator).order[0]) for _ in range(400)]
@@ -196,8 +204,10 @@ def test_the_same_generator_makes_the_same_choices():
 
 def test_a_reprobe_is_of_low_priority_bounded_and_says_so():
     known = dataclasses.replace(
-        beliefs((0.9, 200), (0.3, 20), (0.5, 200)), fallen=np.array([0, 1.0, 0]), before=np.array([0, 0.95, 0])
-    )  # fmt: skip
+        beliefs((0.9, 200), (0.3, 20), (0.5, 200)),
+        fallen=np.array([0, 1.0, 0]),
+        before=np.array([0, 0.95, 0]),
+    )
     for priority, low, high in (("low", 250, 450), ("medium", 0, 0), ("high", 0, 0)):
         generator = np.random.default_rng(3)
         asked = [rank(TABLE, query(priority), known, generator) for _ in range(1000)]

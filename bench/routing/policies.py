@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Protocol
@@ -221,7 +222,7 @@ class Oracle:
         pass
 
 
-POLICIES = {
+POLICIES: dict[str, Callable[[World, int], Policy]] = {
     "learning": Learning,
     "random": Random,
     "cheapest": cheapest,

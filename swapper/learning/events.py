@@ -21,27 +21,24 @@ RETRY_AFTER_SECONDS = 30.0
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
 # In this order: a 504 is a timeout before it is a server error, and "429" decides over the words.
-_SIGNS: tuple[tuple[ErrorKind, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern, re.IGNORECASE))
-    for kind, pattern in (
-        ("rate_limited", r"\b429\b|rate.?limit|too many requests|quota"),
-        ("timeout", r"\b(408|504)\b|time[ds]?[ _-]?out|deadline"),
-        (
-            "server_error",
-            r"\b5\d\d\b|overloaded|unavailable|bad gateway|server.?error"
-            r"|connect|\breset\b|refused|broken pipe|\bdns\b|\b(ssl|tls)\b|disconnected",
-        ),
-        ("content_filter", r"content.?(filter|policy)|moderation|safety|flagged"),
-        ("auth", r"\b40[13]\b|unauthori[sz]ed|forbidden|authenticat|permission|api.?key"),
-        ("invalid_request", r"\b4(00|04|13|15|22)\b|invalid|context.?length|not found|unsupported"),
-    )
+_SIGNS: tuple[tuple[ErrorKind, str], ...] = (
+    ("rate_limited", r"\b429\b|rate.?limit|too many requests|quota"),
+    ("timeout", r"\b(408|504)\b|time[ds]?[ _-]?out|deadline"),
+    (
+        "server_error",
+        r"\b5\d\d\b|overloaded|unavailable|bad gateway|server.?error"
+        r"|connect|\breset\b|refused|broken pipe|\bdns\b|\b(ssl|tls)\b|disconnected",
+    ),
+    ("content_filter", r"content.?(filter|policy)|moderation|safety|flagged"),
+    ("auth", r"\b40[13]\b|unauthori[sz]ed|forbidden|authenticat|permission|api.?key"),
+    ("invalid_request", r"\b4(00|04|13|15|22)\b|invalid|context.?length|not found|unsupported"),
 )
 _RETRY_AFTER = re.compile(r"(?:retry|again)[\s-]*(?:after|in)\D{0,3}(\d+(?:\.\d+)?)\s*(ms)?", re.I)
 
 
 def infer_kind(error: str | None) -> ErrorKind:
     """The kind of a failure whose report names none, by what its text says."""
-    return next((kind for kind, sign in _SIGNS if error and sign.search(error)), "other")
+    return next((kind for kind, sign in _SIGNS if error and re.search(sign, error, re.I)), "other")
 
 
 def retry_after(error: str | None) -> float:

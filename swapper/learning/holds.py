@@ -72,5 +72,5 @@ class Ratios:
 
     @property
     def overestimates(self) -> bool:
-        """Whether nearly all calls take less than four fifths of what is estimated."""
-        return self.quantile(QUANTILE) < 0.8
+        """Whether calls mostly take less than four fifths of what is estimated."""
+        return self.quantile(0.5) < 0.8
