@@ -405,7 +405,7 @@ class Ranking:
     def exploration(self) -> str:
         """In words: whether the first one was chosen for what is known, or to learn."""
         if self.reprobed is not None:
-            return "asked to see whether it is again what it was"
+            return "asked to see whether it is back"
         return "no exploration" if self.drawn is None else "qualities drawn from what is known"
 
     def latency_ms(self, candidate: Candidate) -> float:
@@ -526,11 +526,24 @@ def rank(
     worth = weights.quality * known.answers
     scores = rest + worth * known.quality
     indices = np.flatnonzero(allowed)
-    theta, drawn, reprobed = known.quality, None, None
+    reprobed = None
+    if query.priority == "low" and len(indices) and (known.probes.any() or known.fallen.any()):
+        # As a request of medium priority would see it: for low priority alone, a dear model is
+        # hardly ever worth its price, and would never be asked.
+        usual = WEIGHTS["medium"].leaning(query.preference).under_pressure(query.pressure)
+        chance = known.fallen * reprobe_share
+        quality = np.where(known.fallen > 0, known.before, known.quality)
+        seen = preference - usual.cost * costs - usual.latency / 1000 * known.latency_ms
+        reprobed = to_ask(
+            known.probes,
+            chance if generator is not None and chance.any() else None,
+            seen + usual.quality * quality,
+            float((seen + usual.quality * known.answers * known.quality)[indices].max()),
+            indices,
+            generator,
+        )
+    theta, drawn = known.quality, None
     if generator is not None and query.priority in EXPLORING and len(indices):
-        if query.priority == "low":
-            back = rest + worth * known.before
-            reprobed = reprobe(known.fallen * reprobe_share, back, scores, indices, generator)
         drawn = np.zeros(len(table.cards), dtype=np.bool_)
         drawn[shortlist(scores, indices)] = True
         theta = known.quality.copy()
@@ -566,20 +579,24 @@ def draw(quality: Floats, weight: Floats, generator: np.random.Generator) -> Flo
     return generator.beta(quality * sure, (1 - quality) * sure)
 
 
-def reprobe(
-    chance: Floats,
-    back: Floats,
-    scores: Floats,
+def to_ask(
+    probes: Mask,
+    chance: Floats | None,
+    hoped: Floats,
+    best: float,
     indices: NDArray[np.intp],
-    generator: np.random.Generator,
+    generator: np.random.Generator | None,
 ) -> int | None:
-    """The fallen model to look at again, each with its ``chance``: one that would be the best,
-    or nearly, if it were again what it was (with ``back`` as its score)."""
-    if not chance.any():
+    """A model of ``indices`` to look at again: one whose breaker takes a ``probe``, else one that
+    fell, each with its ``chance``. Only one that would be ``best``, or nearly, if it is what is
+    ``hoped``."""
+    asked = probes[indices]
+    if chance is not None and generator is not None and not asked.any():
+        asked = chance[indices] > generator.random()
+    if not asked.any():
         return None
-    best = scores[indices].max()
-    asked = indices[(chance[indices] > generator.random()) & (back[indices] >= best - NEAR)]
-    return int(generator.choice(asked)) if len(asked) else None
+    able = indices[asked & (hoped[indices] >= best - NEAR)]
+    return int(able[hoped[able].argmax()]) if len(able) else None
 
 
 def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
