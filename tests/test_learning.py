@@ -361,6 +361,17 @@ def test_an_unanswered_probe_counts_as_failed():
     assert learned.models["a"].probe_at is None
 
 
+def test_calls_that_never_came_back_do_not_judge_the_probe_after_them():
+    learned = warm()
+    for n in range(3):
+        learned.apply(Selected("a", "of-a", 1000.0 + n))
+    learned.tick(1020.0)
+    assert learned.models["a"].until == 1035.0
+    learned.apply(Selected("a", "of-a", 1036.0))
+    learned.tick(1036.5)
+    assert learned.models["a"].probe_at == 1036.0
+
+
 def test_rate_limited_closes_the_provider_off_for_its_retry_after():
     learned = Learned()
     learned.apply(outcome(success=False, error="429: retry after 20 s"))
