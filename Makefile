@@ -8,7 +8,10 @@ BIN := .venv/bin
 NO_DATABASE := DATABASE_URL=postgres://nobody@/none DJANGO_SECRET_KEY=- MSWAP_TOKEN_KEY=- \
 	MSWAP_MASTER_KEYS=-
 
-.PHONY: run test lint bench requirements clean
+# Recorded answers and arrivals are no part of the project.
+ROUTING_DATA ?= ../shared/data
+
+.PHONY: run test lint bench bench-routing requirements clean
 
 run: .venv/run
 	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC) --history $(HISTORY)
@@ -26,6 +29,11 @@ lint: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m bench $(ARGS)
+
+bench-routing: .venv/dev
+	$(BIN)/python manage.py replay_routing $(ROUTING_DATA)/routing/scores.csv \
+		--prices $(ROUTING_DATA)/routing/models.csv --picture docs/routing.svg \
+		--arrivals $(ROUTING_DATA)/azure_trace/AzureLLMInferenceTrace_conv.csv $(ARGS)
 
 # Pins with hashes, from requirements*.in. Not a lock format: those record download addresses.
 requirements: .venv/dev

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from mswap_site.errors import Invalid
+from swapper.learning.events import ErrorKind
 from swapper.selection import Priority
 
 MAX_TOKENS = 100_000_000
@@ -32,15 +33,6 @@ UsdIn = Annotated[
     ),
 ]
 Milliseconds = Annotated[int, Meta(ge=0, le=2_147_483_647)]
-ErrorKind = Literal[
-    "timeout",
-    "rate_limited",
-    "server_error",
-    "auth",
-    "invalid_request",
-    "content_filter",
-    "other",
-]
 
 
 class SelectRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):

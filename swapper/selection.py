@@ -1,8 +1,12 @@
 """Which model, and why. Pure: dataclasses in, a ranked choice with its reasons out.
 
-No ORM, clock, settings or randomness. ``rank`` works on arrays (one row per usable model), so that
-thousands of models take well under two milliseconds; floats serve the ranking only, and every
-amount that is answered or held is computed exactly by ``pricing``.
+    score = θ − λ·cost − μ·latency + preference
+
+θ is the believed quality of a model for a task (``Knowledge``, from ``swapper.learning``), λ and μ
+are the ``Weights`` of the request's priority. No ORM, clock, settings or randomness of its own:
+what is drawn comes from a generator that is passed in. ``rank`` works on arrays (one row per usable
+model), so that thousands of models take well under two milliseconds; floats serve the ranking
+only, and every amount that is answered or held is computed exactly by ``pricing``.
 """
 
 from __future__ import annotations
@@ -36,45 +40,72 @@ PRESSURE_FROM = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Shares of the score; they sum to 1."""
+    """What counts how much: score = quality·θ − cost·USD − latency·seconds.
 
-    reliability: float
+    ``quality`` is 1 unless money runs out; ``cost`` (λ) is quality given up to save one USD,
+    ``latency`` (μ) quality given up to save one second.
+    """
+
+    quality: float
     cost: float
     latency: float
 
     def leaning(self, preference: Preference) -> Weights:
         """Twice as much of what the account prefers, compared with the rest."""
-        part = LEANS.get(preference)
-        if part is None:
-            return self
-        more = replace(self, **{part: 2 * getattr(self, part)})
-        total = more.reliability + more.cost + more.latency
-        return Weights(more.reliability / total, more.cost / total, more.latency / total)
+        match preference:
+            case "cheaper":
+                return replace(self, cost=2 * self.cost)
+            case "faster":
+                return replace(self, latency=2 * self.latency)
+            case "better":
+                return replace(self, cost=self.cost / 2, latency=self.latency / 2)
+        return self
 
     def under_pressure(self, utilisation: float) -> Weights:
-        """Shift towards cost from 80 % of a money limit on; at 100 % only cost counts."""
-        share = min(1.0, max(0.0, (utilisation - PRESSURE_FROM) / (1 - PRESSURE_FROM)))
-        keep = 1 - share
+        """From 80 % of a money limit on λ rises to that of low priority; at 100 % only cost counts.
+
+        The rest is scaled down as well, which is λ rising without end.
+        """
+        keep = min(1.0, max(0.0, (1 - utilisation) / (1 - PRESSURE_FROM)))
         return Weights(
-            self.reliability * keep, self.cost + (1 - self.cost) * share, self.latency * keep
+            quality=self.quality * keep,
+            cost=self.cost + (1 - keep) * max(0.0, WEIGHTS["low"].cost - self.cost),
+            latency=self.latency * keep,
         )
 
 
+# λ says what a perfect answer instead of a useless one is worth: $0.01, $0.10, $0.50, $2.50. Every
+# tier's requests cost about $0.02 where its day's money is spread over its day's requests.
 WEIGHTS: dict[Priority, Weights] = {
-    "low": Weights(reliability=0.25, cost=0.60, latency=0.15),
-    "medium": Weights(reliability=0.45, cost=0.35, latency=0.20),
-    "high": Weights(reliability=0.60, cost=0.12, latency=0.28),
-    "critical": Weights(reliability=0.78, cost=0.02, latency=0.20),
+    "low": Weights(quality=1.0, cost=100.0, latency=0.01),
+    "medium": Weights(quality=1.0, cost=10.0, latency=0.02),
+    "high": Weights(quality=1.0, cost=2.0, latency=0.02),
+    "critical": Weights(quality=1.0, cost=0.4, latency=0.01),
 }
-LEANS: dict[Preference, str] = {"cheaper": "cost", "better": "reliability", "faster": "latency"}
-# Where a part of the score is one half: reliability runs from 0.90 (0) to 1 (1); cost is halved
-# at 0.2 cents per 1,000 tokens, latency at one second.
+EXPLORING: frozenset[Priority] = frozenset({"low", "medium"})
+# What an untried model is taken for: the first figure up to reliability 0.90, the second more at
+# reliability 1; and how many observations that is worth.
+STATIC_QUALITY, STATIC_SPREAD = 0.65, 0.20
 RELIABILITY_FLOOR = 0.90
-HALF_COST_PER_1K_USD = 0.002
-HALF_LATENCY_MS = 1000.0
+PRIOR_WEIGHT = 12.0
+# Samples are drawn as if prior and observations weighed this many times as much: plain sampling
+# explores more than pays within the thousands of requests between changes. The prior less, since
+# else a model that starts unluckily never gets a second chance.
+PRIOR_SHARPNESS, SHARPNESS = 2.0, 6.0
+# Only the best so many (by what is known) are drawn for. Of hundreds of untried models the
+# cheapest come first; those that disappoint make room for the next.
+EXPLORED = 16
+# Share of the low-priority requests that look whether a model that fell
+# from favour is back …
+REPROBE_SHARE = 0.35
+# … which are those that it would win, or miss by no more than this.
+NEAR = 0.05
 PREFERRED_BONUS = 0.25
 PRIORITY_BONUS = 0.05
-PARTS = ("reliability", "cost", "latency", "preference")
+PARTS = ("quality", "cost", "latency", "preference")
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +146,7 @@ class Table:
     def __init__(self, cards: Sequence[ModelCard], at: datetime) -> None:
         self.cards = cards
         self.by_id = {card.id: card for card in cards}
+        self.index = {card.id: index for index, card in enumerate(cards)}
 
         def column(values: Iterable[Any]) -> NDArray[np.float64]:
             return np.array(list(values), dtype=np.float64)
@@ -123,13 +155,10 @@ class Table:
         self.completion_rate = column(card.completion_per_1k for card in cards)
         self.dearest_rate = np.maximum(self.prompt_rate, self.completion_rate)
         self.context_length = column(card.context_length for card in cards)
-        self.reliability_part = np.clip(
-            (column(card.reliability for card in cards) - RELIABILITY_FLOOR)
-            / (1 - RELIABILITY_FLOOR),
-            0,
-            1,
-        )
-        self.latency_part = 1 / (1 + column(card.latency_ms for card in cards) / HALF_LATENCY_MS)
+        reliability = column(card.reliability for card in cards)
+        share = np.clip((reliability - RELIABILITY_FLOOR) / (1 - RELIABILITY_FLOOR), 0, 1)
+        self.quality = STATIC_QUALITY + STATIC_SPREAD * share
+        self.latency_ms = column(card.latency_ms for card in cards)
         priority = column(card.provider_priority for card in cards)
         self.priority_part = PRIORITY_BONUS * priority / (np.abs(priority) + 10)
         # Models whose cost is more than rate × tokens: always, or from a prompt size on.
@@ -156,6 +185,13 @@ class Table:
         mask = np.ones(len(self.cards), dtype=np.bool_)
         for need in needs:
             mask &= self._with_capability.get(need, np.False_)
+        return mask
+
+    def only(self, model_id: str) -> Mask:
+        """The one model with this id, or none."""
+        mask = np.zeros(len(self.cards), dtype=np.bool_)
+        if model_id in self.index:
+            mask[self.index[model_id]] = True
         return mask
 
     def of_providers(self, names: Iterable[str]) -> NDArray[np.bool_]:
@@ -197,13 +233,60 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What is known of a table's models for one task: arrays, one entry per model.
+
+    ``quality`` and ``weight``: mean and weight of each posterior, the prior's PRIOR_WEIGHT
+    included. ``observations``: outcomes ever seen. ``answers``: the chance that it answers at all,
+    1 but for one whose last call failed. ``fallen``: how eagerly (0–1) to ask a model that got
+    worse whether it is again what it was, and ``before`` is its quality then. ``barred``: models
+    that none may have, by rule (breakers, rate limits); ``probes``: models that only requests of
+    low priority may have, to see whether they are back.
+    """
+
+    quality: Floats
+    weight: Floats
+    observations: NDArray[np.int64]
+    latency_ms: Floats
+    answers: Floats
+    fallen: Floats
+    before: Floats
+    barred: Mapping[str, Mask]
+    probes: Mask
+
+    @classmethod
+    def untried(cls, table: Table) -> Knowledge:
+        """Nothing but the catalogue's word."""
+        count = len(table.cards)
+        return cls(
+            quality=table.quality,
+            weight=np.full(count, PRIOR_WEIGHT),
+            observations=np.zeros(count, dtype=np.int64),
+            latency_ms=table.latency_ms,
+            answers=np.ones(count),
+            fallen=np.zeros(count),
+            before=np.zeros(count),
+            barred={},
+            probes=np.zeros(count, dtype=np.bool_),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model that may serve the query, with the parts that its score is the sum of."""
+    """A model that may serve the query, with the parts that its score is the sum of.
+
+    ``quality`` ± ``deviation`` is what is believed, from ``observations`` outcomes. ``drawn``: the
+    sample that took its place in the score; None: none did.
+    """
 
     card: ModelCard
     estimate_usd: Decimal
     score: float
     parts: dict[str, float]
+    quality: float
+    deviation: float
+    observations: int
+    drawn: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +318,12 @@ class Ranking:
     costs: NDArray[np.float64]
     preference: NDArray[np.float64]
     excluded: dict[str, int]
+    knowledge: Knowledge
+    # The quality that counted, and for which models it was drawn (None: for none).
+    theta: Floats
+    drawn: Mask | None = None
+    # The model that was put first to see whether it is back.
+    reprobed: int | None = None
     _estimates: dict[int, Decimal] = field(default_factory=dict)
     # Whom each rule excluded, where the rule knows.
     ruled_out: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
@@ -257,24 +346,38 @@ class Ranking:
 
     def candidates(self, indices: Sequence[int]) -> list[Candidate]:
         """The models at ``indices`` with the parts of their scores."""
-        weights, table, chosen = self.weights, self.table, np.asarray(indices, dtype=np.intp)
+        weights, known = self.weights, self.knowledge
+        chosen = np.asarray(indices, dtype=np.intp)
         parts = np.array(
             [
-                weights.reliability * table.reliability_part[chosen],
-                weights.cost * cost_part(self.costs[chosen], self.query),
-                weights.latency * table.latency_part[chosen],
+                weights.quality * known.answers[chosen] * self.theta[chosen],
+                -weights.cost * self.costs[chosen],
+                -weights.latency * known.latency_ms[chosen] / 1000,
                 self.preference[chosen],
             ]
         )
-        scores = self.scores[chosen].round(4).tolist()
+        quality = known.quality[chosen]
+        deviation = np.sqrt(quality * (1 - quality) / (known.weight[chosen] + 1))
         return [
             Candidate(
-                table.cards[index],
+                self.table.cards[index],
                 self.estimate(index),
                 score,
                 dict(zip(PARTS, values, strict=True)),
+                mean,
+                spread,
+                int(known.observations[index]),
+                theta if self.drawn is not None and self.drawn[index] else None,
             )
-            for index, score, values in zip(indices, scores, parts.T.round(4).tolist(), strict=True)
+            for index, score, values, mean, spread, theta in zip(
+                indices,
+                self.scores[chosen].round(4).tolist(),
+                parts.T.round(4).tolist(),
+                quality.round(4).tolist(),
+                deviation.round(4).tolist(),
+                self.theta[chosen].round(4).tolist(),
+                strict=True,
+            )
         ]
 
     def exclude(self, rule: str, models: NDArray[np.bool_]) -> None:
@@ -320,6 +423,16 @@ class Ranking:
         for position in np.flatnonzero(~fits & (costs <= limit + near)).tolist():
             fits[position] = self.estimate(int(indices[position])) <= usd
         return indices[fits]
+
+    @property
+    def exploration(self) -> str:
+        """In words: whether the first one was chosen for what is known, or to learn."""
+        if self.reprobed is not None:
+            return "asked to see whether it is back"
+        return "no exploration" if self.drawn is None else "qualities drawn from what is known"
+
+    def latency_ms(self, candidate: Candidate) -> float:
+        return float(self.knowledge.latency_ms[self.table.index[candidate.card.id]])
 
     def fits(self, index: int, rooms_usd: Mapping[str, Decimal]) -> bool:
         """Whether model ``index`` fits the room of its provider, if that has a limit."""
@@ -374,16 +487,22 @@ class Ranking:
         )
 
 
-def cost_part(cost_usd: Any, query: Query) -> Any:
-    """0–1, one half at HALF_COST_PER_1K_USD for the query's tokens."""
-    return 1 / (1 + cost_usd / (HALF_COST_PER_1K_USD * max(query.tokens, 1) / 1000))
-
-
-def rank(table: Table, query: Query) -> Ranking:
+def rank(
+    table: Table,
+    query: Query,
+    knowledge: Knowledge | None = None,
+    generator: np.random.Generator | None = None,
+    reprobe_share: float = REPROBE_SHARE,
+) -> Ranking:
     """Filter ``table`` by everything but what is free, and rank what is left.
 
     Each model is excluded by the first rule that it breaks; the rules are, in order: capability,
-    context_length, provider_excluded, tier_price, max_cost.
+    context_length, provider_excluded, tier_price, max_cost, those of ``knowledge.barred``, and
+    awaits_probe.
+
+    ``knowledge``: what was learned of ``table``'s models for the query's task; None: nothing.
+    ``generator`` draws for low and medium priority; without one, and for high and critical, what
+    is believed counts as it is. ``reprobe_share`` 0 never looks whether a fallen model is back.
     """
     prompt_k, completion_k = query.prompt_tokens / 1000, query.completion_tokens / 1000
     costs = table.prompt_rate * prompt_k + table.completion_rate * completion_k
@@ -417,20 +536,51 @@ def rank(table: Table, query: Query) -> Ranking:
     if query.max_cost is not None:
         keep("max_cost", costs <= float(query.max_cost) * (1 + 1e-9))
 
+    known = knowledge or Knowledge.untried(table)
+    for rule, mask in known.barred.items():
+        keep(rule, ~mask)
+    if query.priority != "low":
+        keep("awaits_probe", ~known.probes)
+
     weights = WEIGHTS[query.priority].leaning(query.preference).under_pressure(query.pressure)
     preference = table.priority_part
     if query.preferred_providers:
         preference = preference + PREFERRED_BONUS * table.of_providers(query.preferred_providers)
-    scores = (
-        weights.reliability * table.reliability_part
-        + weights.cost * cost_part(costs, query)
-        + weights.latency * table.latency_part
-        + preference
-    )
+    rest = preference - weights.cost * costs - weights.latency / 1000 * known.latency_ms
+    worth = weights.quality * known.answers
+    scores = rest + worth * known.quality
     indices = np.flatnonzero(allowed)
+    reprobed = None
+    if query.priority == "low" and len(indices) and (known.probes.any() or known.fallen.any()):
+        # As a request of medium priority would see it: for low priority alone, a dear model is
+        # hardly ever worth its price, and would never be asked.
+        usual = WEIGHTS["medium"].leaning(query.preference).under_pressure(query.pressure)
+        chance = known.fallen * reprobe_share
+        quality = np.where(known.fallen > 0, known.before, known.quality)
+        seen = preference - usual.cost * costs - usual.latency / 1000 * known.latency_ms
+        reprobed = to_ask(
+            known.probes,
+            chance if generator is not None and chance.any() else None,
+            seen + usual.quality * quality,
+            float((seen + usual.quality * known.answers * known.quality)[indices].max()),
+            indices,
+            generator,
+        )
+    theta, drawn = known.quality, None
+    if generator is not None and query.priority in EXPLORING and len(indices):
+        drawn = np.zeros(len(table.cards), dtype=np.bool_)
+        drawn[shortlist(scores, indices)] = True
+        theta = known.quality.copy()
+        theta[drawn] = draw(known.quality[drawn], known.weight[drawn], generator)
+        scores = rest + worth * theta
     # Best score first, the cheaper one at a tie; the table's order (by name) settles the rest.
     order = indices[np.lexsort((costs[indices], -scores[indices]))]
-    ranking = Ranking(table, query, weights, order, scores, costs, preference, excluded)
+    if reprobed is not None:
+        order = np.concatenate(([reprobed], order[order != reprobed]))
+    ranking = Ranking(
+        table, query, weights, order, scores, costs, preference, excluded, known, theta, drawn,
+        reprobed,
+    )  # fmt: skip
     if query.max_cost is not None and len(order):
         # The float margin above may have let one through that is dearer by a hair.
         exact = [i for i in order.tolist() if ranking.estimate(i) <= query.max_cost]
@@ -441,6 +591,39 @@ def rank(table: Table, query: Query) -> Ranking:
     return ranking
 
 
+def shortlist(scores: Floats, indices: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The EXPLORED best of ``indices``."""
+    if len(indices) <= EXPLORED:
+        return indices
+    return indices[np.argpartition(-scores[indices], EXPLORED)[:EXPLORED]]
+
+
+def draw(quality: Floats, weight: Floats, generator: np.random.Generator) -> Floats:
+    """A sample of each posterior, sharpened."""
+    sure = PRIOR_SHARPNESS * PRIOR_WEIGHT + SHARPNESS * (weight - PRIOR_WEIGHT)
+    return generator.beta(quality * sure, (1 - quality) * sure)
+
+
+def to_ask(
+    probes: Mask,
+    chance: Floats | None,
+    hoped: Floats,
+    best: float,
+    indices: NDArray[np.intp],
+    generator: np.random.Generator | None,
+) -> int | None:
+    """A model of ``indices`` to look at again: one whose breaker takes a ``probe``, else one that
+    fell, each with its ``chance``. Only one that would be ``best``, or nearly, if it is what is
+    ``hoped``."""
+    asked = probes[indices]
+    if chance is not None and generator is not None and not asked.any():
+        asked = chance[indices] > generator.random()
+    if not asked.any():
+        return None
+    able = indices[asked & (hoped[indices] >= best - NEAR)]
+    return int(able[hoped[able].argmax()]) if len(able) else None
+
+
 def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
     """One or two sentences: what was chosen, on what figures, and what came second.
 
@@ -448,17 +631,22 @@ def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
     """
     chosen = choice.chosen
     card = chosen.card
+    basis = (
+        f"{chosen.observations} {'outcome' if chosen.observations == 1 else 'outcomes'}"
+        if chosen.observations
+        else "the catalogue, not tried yet"
+    )
     text = (
         f"{card.name} ({card.provider_type}) for {ranking.query.task_type}:"
-        f" score {chosen.score:.2f} from reliability {card.reliability:.3f},"
-        f" about {card.latency_ms} ms and at most ${pricing_text(chosen.estimate_usd)},"
-        f" best of {len(ranking)}"
+        f" quality {chosen.quality:.2f} ± {chosen.deviation:.2f} from {basis},"
+        f" about {ranking.latency_ms(chosen):.0f} ms and at most"
+        f" ${pricing_text(chosen.estimate_usd)}, best of {len(ranking)}"
         f" {'candidate' if len(ranking) == 1 else 'candidates'}"
     )
     runner_up = next((c for c in best if c.card is not card), None)
     if runner_up is not None and choice.too_dear is None:
-        text += f"; runner-up {runner_up.card.name} {runner_up.score:.2f}"
-    text += f" ({ranking.query.priority} priority)."
+        text += f"; runner-up {runner_up.card.name} {runner_up.quality:.2f}"
+    text += f"; {ranking.exploration} ({ranking.query.priority} priority)."
     if choice.too_dear is not None:
         better = choice.too_dear
         text += (

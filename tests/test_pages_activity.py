@@ -548,7 +548,7 @@ def test_a_request_tells_its_story(browser: Client, automodel: Caller, shelf: Sh
     assert text.index("large failed (timeout)") < text.index(f"{fallback['name']} answered")
     assert "$0.01" in text and "test, since" in text
     assert b"<b>no</b>" not in response.content and b"&lt;b&gt;no&lt;/b&gt;" in response.content
-    assert response.content.count(b'<rect class="part-reliability"') == 4
+    assert response.content.count(b'<rect class="part-quality"') == 4
 
 
 def test_exclusions_are_told_by_rule(

@@ -176,7 +176,8 @@ def test_the_context_must_hold_the_request(automodel: Caller, shelf: Shelf):
     for name in MODELS:
         edit(shelf[name], context_length=1000)
     edit(shelf.small, context_length=1001)
-    assert len(names(ok(automodel.select(estimated_tokens=1000)))) == 4
+    asked = {"estimated_tokens": 1000, "priority": "critical"}
+    assert len(names(ok(automodel.select(**asked)))) == 4
     assert names(ok(automodel.select(estimated_tokens=1001))) == ["small"]
     assert names(ok(automodel.select(min_context_length=1001))) == ["small"]
     error = refused(automodel.select(min_context_length=1002), 503, "no_model")
@@ -193,7 +194,9 @@ def test_excluded_providers_are_named_by_type_name_or_id(automodel: Caller, shel
         )
     )
     assert set(chain) == {"small", "tiny"}
-    by_id = ok(automodel.select(excluded_providers=[str(shelf.small.provider_id)]))
+    by_id = ok(
+        automodel.select(excluded_providers=[str(shelf.small.provider_id)], priority="critical")
+    )
     assert set(names(by_id)) == {"large", "medium"}
     error = refused(
         automodel.select(excluded_providers=["openai", "anthropic", "mistral"]), 503, "no_model"

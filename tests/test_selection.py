@@ -11,7 +11,6 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -165,8 +164,7 @@ def broken_rule(card: ModelCard, query: Query) -> str | None:
 
 def score(card: ModelCard, query: Query) -> float:
     weights = selection.WEIGHTS[query.priority]
-    share = min(1.0, max(0.0, (query.money_utilisation - 0.8) / 0.2))
-    tokens = query.prompt_tokens + query.completion_tokens
+    keep = min(1.0, max(0.0, (1 - query.money_utilisation) / 0.2))
     usd = float(
         card.prompt_per_1k * query.prompt_tokens + card.completion_per_1k * query.completion_tokens
     )
@@ -174,11 +172,11 @@ def score(card: ModelCard, query: Query) -> float:
     linear = card.schedule.period(query.at).linear_up_to
     if linear is not None and query.prompt_tokens > linear:
         usd = float(estimate(card, query))
-    reliability = min(1.0, max(0.0, (card.reliability - 0.9) / 0.1))
+    quality = 0.65 + 0.2 * min(1.0, max(0.0, (card.reliability - 0.9) / 0.1))
     return (
-        weights.reliability * (1 - share) * reliability
-        + (weights.cost + (1 - weights.cost) * share) / (1 + usd / (0.002 * tokens / 1000))
-        + weights.latency * (1 - share) / (1 + card.latency_ms / 1000)
+        keep * quality
+        - (weights.cost + (1 - keep) * (100 - weights.cost)) * usd
+        - keep * weights.latency * card.latency_ms / 1000
         + 0.05 * card.provider_priority / (abs(card.provider_priority) + 10)
         + (0.25 if at_provider(card, query.preferred_providers) else 0.0)
     )
@@ -306,16 +304,9 @@ def test_the_reasons_add_up(scene: Scene):
     ranking = scene.ranking
     for candidate in ranking.best(100):
         assert math.isclose(sum(candidate.parts.values()), candidate.score, abs_tol=3e-4)
-        assert set(candidate.parts) == {"reliability", "cost", "latency", "preference"}
-        weights = ranking.weights
-        for part in ("reliability", "cost", "latency"):
-            assert -1e-9 <= candidate.parts[part] <= getattr(weights, part) + 1e-4
-    assert math.isclose(weights_sum(ranking), 1, abs_tol=1e-9)
-
-
-def weights_sum(ranking: Ranking) -> float:
-    weights = ranking.weights
-    return weights.reliability + weights.cost + weights.latency
+        assert set(candidate.parts) == {"quality", "cost", "latency", "preference"}
+        assert 0 <= candidate.parts["quality"] <= ranking.weights.quality
+        assert candidate.parts["cost"] <= 0 and candidate.parts["latency"] <= 0
 
 
 @often
@@ -363,7 +354,7 @@ def test_below_80_percent_nothing_weighs_more(scene: Scene, utilisation: float):
 def test_at_100_percent_only_cost_and_preference_count(scene: Scene):
     query = dataclasses.replace(scene.query, money_utilisation=1.0, preferred_providers=())
     for candidate in rank(Table(scene.cards, AT), query).best(100):
-        assert candidate.parts["reliability"] == candidate.parts["latency"] == 0
+        assert candidate.parts["quality"] == candidate.parts["latency"] == 0
 
 
 @settings(parent=often, max_examples=40)
@@ -472,11 +463,6 @@ def test_each_priority_weighs_as_its_name_says():
         for priority in selection.WEIGHTS
     }
     assert first == {"low": "cheap", "medium": "good", "high": "good", "critical": "good"}
-
-
-@pytest.mark.parametrize("weights", selection.WEIGHTS.values(), ids=list(selection.WEIGHTS))
-def test_weights_are_shares(weights: selection.Weights):
-    assert math.isclose(weights.reliability + weights.cost + weights.latency, 1)
 
 
 def test_the_module_knows_neither_clock_nor_database():
