@@ -17,7 +17,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Literal
 
 from standin.traffic import DAY_CURVE, TASKS
-from swapper.messages import ErrorKind
+from swapper.learning.events import ErrorKind
 from swapper.selection import Priority
 
 # What becomes of a request. ``longer`` uses more tokens than were held, ``dearer`` is answered by a

@@ -50,6 +50,11 @@ class Weighed(msgspec.Struct, frozen=True):
     score: float
     parts: dict[str, float]
     id: str | None = None
+    # What is believed of its quality, from how many outcomes; what was drawn instead, if it was.
+    quality: float | None = None
+    deviation: float | None = None
+    observations: int | None = None
+    drawn: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +64,10 @@ class Weighed(msgspec.Struct, frozen=True):
             "estimated_cost": plain(self.estimated_cost),
             "score": self.score,
             "parts": self.parts,
+            "quality": self.quality,
+            "deviation": self.deviation,
+            "observations": self.observations,
+            "drawn": self.drawn,
         }
 
 
@@ -128,6 +137,12 @@ class Stored(msgspec.Struct, frozen=True):
         )
 
     @property
+    def estimated_tokens(self) -> tuple[int, int]:
+        """(prompt, completion) tokens as the caller estimated them."""
+        breakdown = self.cost_breakdown
+        return breakdown["prompt_tokens"], breakdown["completion_tokens"]
+
+    @property
     def explained(self) -> bool:
         """Whether the explanation was not dropped yet."""
         return bool(self.candidates)
@@ -152,6 +167,10 @@ def weighed(candidate: Candidate) -> Weighed:
         score=candidate.score,
         parts=candidate.parts,
         id=card.id,
+        quality=candidate.quality,
+        deviation=candidate.deviation,
+        observations=candidate.observations,
+        drawn=candidate.drawn,
     )
 
 

@@ -265,8 +265,19 @@ class TaskPerformance(models.Model):
     created_at = models.DateTimeField(auto_now_add=True, db_default=Now())
     updated_at = models.DateTimeField(auto_now=True, db_default=Now())
 
+    # What is remembered of it: swapper.learning.cells.Cell.
+    good = models.FloatField(default=0, db_default=0)
+    bad = models.FloatField(default=0, db_default=0)
+    latency_ms = models.FloatField(null=True, editable=False)
+    before = models.FloatField(default=0, db_default=0)
+    before_weight = models.FloatField(default=0, db_default=0)
+    version = models.BigIntegerField(
+        default=0, db_default=0, help_text="Grows with each change; 0: nothing learned here yet."
+    )
+
     class Meta:
         db_table = "task_performance"
+        indexes = [models.Index(fields=("version",), name="task_performance_version")]
         constraints = [
             models.UniqueConstraint(
                 fields=("task_type", "model"), name="task_performance_task_type_id_model_id_key"
@@ -297,6 +308,52 @@ class GlobalPerformance(models.Model):
                 name="global_performance_task_type_provider_type_model_name_key",
             )
         ]
+
+
+class Outcome(models.Model):
+    """Outbox: a reported call that learning has not heard of yet (swapper/usage.py writes it)."""
+
+    request_id = models.UUIDField()
+    account_id = models.BigIntegerField()
+    model_id = models.UUIDField()
+    provider_id = models.UUIDField()
+    task_type_id = models.UUIDField()
+    success = models.BooleanField()
+    quality = models.FloatField(null=True)
+    error_kind = models.TextField(null=True)
+    error = models.TextField(null=True)
+    latency_ms = models.IntegerField()
+    cost_usd = models.FloatField(help_text="For averages only.")
+    prompt_tokens = models.IntegerField()
+    completion_tokens = models.IntegerField()
+    estimated_prompt_tokens = models.IntegerField(null=True)
+    estimated_completion_tokens = models.IntegerField(null=True)
+    admitted_at = models.DateTimeField()
+    reported_at = models.DateTimeField()
+
+
+class LearnedState(models.Model):
+    """What is learned of a model, a provider, or an account's calls: a row of swapper.learning."""
+
+    class Kind(models.TextChoices):
+        DRIFT = "drift", "change detector"
+        TIMES = "times", "usual time"
+        MODEL = "model", "model breaker"
+        PROVIDER = "provider", "provider breaker"
+        RATIOS = "ratios", "tokens against estimates"
+
+    kind = models.TextField(choices=Kind)
+    key = models.TextField(help_text="Id of the model or provider; account/task/side for ratios.")
+    state = models.JSONField(help_text="The fields that are not as at first.")
+    version = models.BigIntegerField(help_text="Grows with each change.")
+    updated_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=("kind", "key"), name="learned_kind_key")]
+        indexes = [models.Index(fields=("version",), name="learned_version")]
+
+    def __str__(self) -> str:
+        return f"{self.get_kind_display()} {self.key}"
 
 
 class UsageLog(models.Model):

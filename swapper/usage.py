@@ -36,17 +36,28 @@ KEY = re.compile(
     r"|(?<![\w-])(?![0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-)(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{28,}"
 )
 
-# Written in the statement that ends the hold, and only if it ends it: a log row per call, and the
-# hourly rollup. A late report takes back the row that the expiry had written.
+# Written in the statement that ends the hold, and only if it ends it: a log row per call, what
+# learning is to hear of it (the outbox), and the hourly rollup. A late report takes back the row that the expiry had written.
 END_AND_RECORD = End.recording(
     """,
 calls AS MATERIALIZED (
-    SELECT e.id AS request_id, e.account_id, e.hour, e.at, e.own_key, r.*,
+    SELECT e.id AS request_id, e.account_id, e.hour, e.at, e.admitted_at, e.own_key, r.*,
         CASE WHEN r.unreported THEN e.charged_usd ELSE r.call_cost END AS cost
     FROM ended e, jsonb_to_recordset(%(calls)s::jsonb) AS r(
         model_id uuid, provider_id uuid, task_type_id uuid, price_id bigint, prompt_tokens int,
         completion_tokens int, cached_prompt_tokens int, call_cost numeric, latency_ms int,
-        success boolean, error text, error_kind text, unreported boolean, metadata jsonb)
+        success boolean, error text, error_kind text, unreported boolean, metadata jsonb,
+        estimated_prompt_tokens int, estimated_completion_tokens int)
+), told AS (
+    INSERT INTO swapper_outcome (request_id, account_id, model_id, provider_id, task_type_id,
+        success, quality, error_kind, error, latency_ms, cost_usd, prompt_tokens,
+        completion_tokens, estimated_prompt_tokens, estimated_completion_tokens, admitted_at,
+        reported_at)
+    SELECT c.request_id, c.account_id, c.model_id, c.provider_id, c.task_type_id, c.success,
+        (c.metadata ->> 'quality')::float8, c.error_kind, c.error, c.latency_ms, c.cost,
+        c.prompt_tokens, c.completion_tokens, c.estimated_prompt_tokens,
+        c.estimated_completion_tokens, c.admitted_at, c.at
+    FROM calls c WHERE NOT c.unreported
 ), taken_back AS (
     DELETE FROM usage_logs u USING ended e
     WHERE e.was_unreported AND u.request_id = e.id AND u.unreported
@@ -122,6 +133,10 @@ def report_usage(
         *(call_of(attempt, attempt.success, stored, row) for attempt in report.attempts or ()),
         call_of(report, report.success, stored, row, quality=report.quality),
     ]
+    if report.success:
+        prompt_tokens, completion_tokens = stored.estimated_tokens
+        calls[-1]["estimated_prompt_tokens"] = prompt_tokens
+        calls[-1]["estimated_completion_tokens"] = completion_tokens
     end = ledger.settle if report.success else ledger.release
     ended = end(
         row.hold_id,

@@ -557,7 +557,7 @@ def test_exclusions_are_told_by_rule(
     limits(alice, max_price_per_1k_usd="0.005")
     request_id = use(automodel)
     text = text_of(browser.get(f"/requests/{request_id}/"))
-    assert "dearer than the tier allows large, medium 2" in text
+    assert "dearer than the tier allows medium, large 2" in text
 
 
 def test_an_expired_request_is_marked_unreported(

@@ -88,6 +88,10 @@ class Breaker:
     def probing(self, at: float) -> Breaker:
         return replace(self, probe_at=at)
 
+    def abandoned(self) -> Breaker:
+        """After a probe of which nothing will be heard."""
+        return replace(self, probe_at=None)
+
     def answered(self, started_at: float, at: float) -> Breaker:
         if not self._counts(started_at):
             return self
@@ -172,19 +176,26 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """How long a model usually takes from its selection to its report: a mean of logarithms."""
+    """How long a model usually takes from its selection to its report: a mean of logarithms.
+
+    ``answered``: when the latest call began that it answered.
+    """
 
     count: int = 0
     mean: float = 0.0
     variance: float = 0.0
+    answered: float = -math.inf
 
     def seen(self, seconds: float) -> Times:
         value = math.log(max(seconds, 0.001))
         count = self.count + 1
         share = 1 / min(count, TIMES_MEMORY)
         delta = value - self.mean
-        return Times(
-            count, self.mean + share * delta, (1 - share) * (self.variance + share * delta * delta)
+        return replace(
+            self,
+            count=count,
+            mean=self.mean + share * delta,
+            variance=(1 - share) * (self.variance + share * delta * delta),
         )
 
     @property

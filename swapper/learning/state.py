@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,6 +67,18 @@ class Learned:
                 changed |= self._listen(model, starts, now)
         return changed
 
+    def part(self, table: Table, tasks: Iterable[str]) -> Learned:
+        """What is known of ``table``'s models: of some account's own, say, which are few."""
+        models, providers = table.index, {card.provider_id for card in table.cards}
+        keys = [(task, model) for task in tasks for model in models]
+        return Learned(
+            cells={key: self.cells[key] for key in keys if key in self.cells},
+            drifts=_only(self.drifts, models),
+            models=_only(self.models, models),
+            providers=_only(self.providers, providers),
+            globals={key: self.globals[key] for key in keys if key in self.globals},
+        )
+
     def _selected(self, event: Selected) -> set[Changed]:
         self.waiting[event.model].append(event.at)
         self.at_provider[event.model] = event.provider
@@ -108,10 +120,11 @@ class Learned:
         for name, breakers, key in self._breakers(model, event.provider):
             breakers[key] = breakers[key].answered(event.started_at, event.at)
             changed.add((name, key))
+        times = self.times.get(model, Times())
         if event.success:
-            times = self.times.get(model, Times())
-            self.times[model] = times.seen(event.at - event.started_at)
-            changed.add(("times", model))
+            times = times.seen(event.at - event.started_at)
+        self.times[model] = replace(times, answered=max(times.answered, event.started_at))
+        changed.add(("times", model))
         return changed
 
     def _learn(self, event: Outcome, quality: float) -> set[Changed]:
@@ -123,7 +136,7 @@ class Learned:
         changed: set[Changed] = {("cell", *key), ("drift", event.model)}
         if alarm is not None:
             for other in [other for other in self.cells if other[1] == event.model]:
-                self._put(other, drift.forget(self.cells[other], alarm, watch.fell_to or 1.0))
+                self.put(other, drift.forget(self.cells[other], alarm, watch.fell_to or 1.0))
                 changed.add(("cell", *other))
             cell = self.cells[key]
         cell = cell.observed(
@@ -133,10 +146,11 @@ class Learned:
             latency_ms=event.latency_ms,
             cost_usd=event.cost_usd,
         )
-        self._put(key, cell)
+        self.put(key, cell)
         return changed
 
-    def _put(self, key: TaskModel, cell: Cell) -> None:
+    def put(self, key: TaskModel, cell: Cell) -> None:
+        """Set a cell."""
         self.cells[key] = cell
         if self._beliefs is not None:
             self._beliefs.put(key, cell)
@@ -215,6 +229,10 @@ class Learned:
                 else:
                     barred[rule] = barred.get(rule, nobody) | which
         return barred, probes
+
+
+def _only[Row](rows: Mapping[str, Row], keys: Iterable[str]) -> dict[str, Row]:
+    return {key: rows[key] for key in keys if key in rows}
 
 
 class Beliefs:
