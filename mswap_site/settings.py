@@ -37,6 +37,10 @@ EMERGENCY_THRESHOLD_USD = Decimal(env.str("EMERGENCY_THRESHOLD_USD", default="50
 SYSTEM_HOURLY_LIMIT_USD = Decimal(env.str("SYSTEM_HOURLY_LIMIT_USD", default="1000"))
 # How often each process asks whether the catalogue changed, in seconds. SPEC: two at most.
 CATALOGUE_POLL_SECONDS = env.float("CATALOGUE_POLL_SECONDS", default=0.5)
+# Whether requests of low and medium priority may try what is not known well, and which share of
+# those of low priority look whether a model that got worse is back (0: none).
+EXPLORE = env.bool("EXPLORE", default=True)
+REPROBE_SHARE = env.float("REPROBE_SHARE", default=0.35)
 
 # For how many days after its end a selection can be explained in full: what was asked, who was
 # considered, who was not.

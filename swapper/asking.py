@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+from django.conf import settings
+
 from billing import ledger
 from billing.limits import BY_NAME, LimitStates
 from mswap_site.errors import MswapError
@@ -16,9 +18,10 @@ from swapper.catalogue import Snapshot, Task
 from swapper.context import Caller
 from swapper.decision import Stored, answer_of, encoder
 from swapper.explanation import explanation_of
+from swapper.learned import claim_probe, serving
 from swapper.messages import SelectRequest
 from swapper.rates import Claim
-from swapper.selection import Choice, Ranking
+from swapper.selection import Choice, Ranking, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,34 @@ class Asking:
                 **how,
             },
         )
+
+    def rank(self, table: Table, query: selection.Query, *, own: bool = False) -> Ranking:
+        """``table`` ranked for ``query`` by what was learned so far; ``own``: the account's own.
+
+        History is not judged by what was learned since, and draws nothing.
+        """
+        if self.at is not None:
+            return selection.rank(table, query)
+        now = query.at.timestamp()
+        if own:
+            tasks = self.snapshot.tasks
+            knowledge = serving.knowledge_of_own(table, query.task_type, tasks, now)
+        else:
+            knowledge = serving.knowledge(table, query.task_type, now)
+        return selection.rank(table, query, knowledge, serving.generator(), settings.REPROBE_SHARE)
+
+    def may_ask(self, ranking: Ranking, choice: Choice) -> bool:
+        """Whether the chosen model may be asked: one with a breaker half-open by one request only,
+        which this one then is. Where it may not, it is taken out of ``ranking``."""
+        card, at = choice.chosen.card, ranking.query.at.timestamp()
+        if self.at is not None or self.request.dry_run:
+            return True
+        if not serving.is_half_open(card.id, card.provider_id, at):
+            return True
+        if claim_probe(card.id, card.provider_id, at):
+            return True
+        ranking.exclude("awaits_probe", ranking.table.only(card.id))
+        return False
 
     def hold(
         self,

@@ -2,7 +2,8 @@
 
 A thread in each process asks every half second whether a row of the catalogue's tables changed
 and rebuilds the snapshot off the request path when it did. So a price or an enabled flag changed
-by anyone, the admin or another program, is in force within a second, in every process.
+by anyone, the admin or another program, is in force within a second, in every process. With it
+comes what was learned meanwhile (swapper/learned.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from django.db import connection, transaction
 from billing.models import Tier
 from mswap_site.errors import Unavailable
 from swapper import pricing
+from swapper.learned import serving
 from swapper.models import Price
 from swapper.selection import ModelCard, Table
 
@@ -269,6 +271,7 @@ class Catalogue:
             self._snapshot = load()
             # What load() itself recorded shows as a change once more: the next look settles it.
             self._fingerprint = fingerprint
+        serving.refresh()
         self._checked = time.monotonic()
         return changed
 

@@ -170,6 +170,15 @@ class Weighed(Answer):
     estimated_cost: Usd
     score: float
     parts: dict[str, float]
+    quality: Annotated[
+        float | None, Meta(description="What is believed of its quality for the task, 0–1.")
+    ]
+    deviation: Annotated[float | None, Meta(description="How uncertain that is.")]
+    observations: Annotated[int | None, Meta(description="Outcomes that it rests on.")]
+    drawn: Annotated[
+        float | None,
+        Meta(description="Drawn in place of `quality`, to learn; null: nothing was drawn."),
+    ]
 
 
 class Candidate(Weighed):

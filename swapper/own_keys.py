@@ -17,7 +17,6 @@ from django.conf import settings
 from billing import ledger
 from billing.budgets import BudgetState, budgets_of
 from mswap_site.errors import Conflict, MswapError, Unavailable
-from swapper import selection
 from swapper.asking import Asking
 from swapper.catalogue import MODEL_COLUMNS, card_of, fetch
 from swapper.decision import Stored
@@ -167,7 +166,7 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
         words = f"Own keys at an address of one's own {FROM}"
         raise CannotServe(tier_required(row.effective_tier, "full_provider_config", words))
     query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation, pace=0.0)
-    ranking = selection.rank(own.table, query)
+    ranking = asking.rank(own.table, query, own=True)
     ranking.excluded.update(own.excluded)
     if not len(ranking):
         raise CannotServe(
@@ -190,9 +189,13 @@ def hold_on_budgets(asking: Asking, own: OwnKeys, ranking: Ranking) -> dict[str,
     """
     budgets = own.budgets
     for _ in range(TRIES):
+        if not len(ranking):
+            break
         rooms = {key: room for key, b in budgets.items() if (room := room_usd(b)) is not None}
         fitting = ranking.choose(settings.EMERGENCY_THRESHOLD_USD, rooms_usd=rooms)
         choice = with_room(fitting, rooms) if fitting else cheapest_alone(ranking)
+        if not asking.may_ask(ranking, choice):
+            continue
         claimed = list(dict.fromkeys(c.card.provider_id for c in choice.chain))
         stored = on_own_keys(
             Stored.of(ranking, choice, asking.task, asking.request),

@@ -18,6 +18,7 @@ from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
 from swapper import rates, selection
 from swapper.catalogue import Snapshot
 from swapper.context import Caller
+from swapper.learning.breakers import COOL_DOWN_SECONDS
 from swapper.selection import Candidate, Choice, Ranking
 
 
@@ -46,6 +47,8 @@ def nothing_serves(
     extra: dict[str, Any] = {"task_type": query.task_type, "excluded": ranking.excluded}
     if ranking.excluded.get(rates.RULE):
         return all_at_their_rate(snapshot, query, ranking, extra)
+    if down := all_down(ranking, extra):
+        return down
     if too_dear := max_cost_refusal(snapshot.table, ranking):
         return too_dear
     if ranking.excluded.get("tier_price"):
@@ -79,6 +82,23 @@ def all_at_their_rate(
         f" {seconds} s.",
         code="no_model",
         retry_after=seconds,
+        **extra,
+    )
+
+
+# Rules by which a model is left alone for a while: its breaker, its provider's, or a probe of
+# either that is under way.
+DOWN = ("model_down", "provider_down", "awaits_probe")
+
+
+def all_down(ranking: Ranking, extra: dict[str, Any]) -> MswapError | None:
+    """503 where whoever could serve failed to answer lately; else None."""
+    if not any(ranking.excluded.get(rule) for rule in DOWN):
+        return None
+    return Unavailable(
+        "The models that could serve this do not answer at present; try again soon.",
+        code="no_model",
+        retry_after=int(COOL_DOWN_SECONDS),
         **extra,
     )
 

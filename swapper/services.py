@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -15,7 +16,7 @@ from billing.accounts import account_get_or_create
 from billing.budgets import claimed_by
 from billing.limits import BY_NAME, LimitStates, warnings_of
 from mswap_site.errors import Conflict, Invalid
-from swapper import messages, rates, selection
+from swapper import messages, rates
 from swapper.asking import Asking
 from swapper.catalogue import Snapshot, Task, catalogue
 from swapper.context import Caller
@@ -93,7 +94,7 @@ def select_system(asking: Asking, security_warning: str | None = None) -> dict[s
     """Choose among our models and hold against the tier's limits."""
     caller, request = asking.caller, asking.request
     query = asking.query()
-    ranking = selection.rank(asking.snapshot.table, query)
+    ranking = asking.rank(asking.snapshot.table, query)
     if not len(ranking):
         raise nothing_serves(asking.snapshot, query, ranking, caller)
 
@@ -101,7 +102,7 @@ def select_system(asking: Asking, security_warning: str | None = None) -> dict[s
     threshold = None if request.approved else caller.row.approval_threshold_usd
     for attempt in range(TRIES):
         pick = partial(best_or_cheapest, ranking, room, threshold, last=attempt == TRIES - 1)
-        choice, claim = rates.choose(asking.snapshot.rates, ranking, pick, dry_run=request.dry_run)
+        choice, claim = choose(asking, ranking, pick)
         if choice is None:
             raise nothing_serves(asking.snapshot, query, ranking, caller)
         minute = claim.minute if claim else None
@@ -119,6 +120,19 @@ def select_system(asking: Asking, security_warning: str | None = None) -> dict[s
         else:
             raise asking.refusal(result, ranking, choice)
     raise AssertionError("The last try either holds or refuses.")
+
+
+def choose(
+    asking: Asking, ranking: Ranking, pick: Callable[[], Choice]
+) -> tuple[Choice | None, rates.Claim | None]:
+    """``rates.choose`` of what may be asked at all."""
+    limited, dry_run = asking.snapshot.rates, asking.request.dry_run
+    while True:
+        choice, claim = rates.choose(limited, ranking, pick, dry_run=dry_run)
+        if choice is None or asking.may_ask(ranking, choice):
+            return choice, claim
+        if claim is not None:
+            claim.give_back()
 
 
 def best_or_cheapest(

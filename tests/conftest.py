@@ -36,6 +36,7 @@ from keys import authentication
 from keys.tokens import token_create
 from keys.vault import seal_for
 from swapper.catalogue import catalogue
+from swapper.learned import serving
 from swapper.models import KeyState, Model, Price, Provider, TaskType
 
 API = "/api/modelswapper/"
@@ -48,6 +49,7 @@ def forget_processes_memory() -> Iterator[None]:
     authentication._last_used.clear()
     catalogue._snapshot = None
     catalogue._fingerprint = None
+    serving.forget()
 
 
 def seed_tiers() -> None:

@@ -6,4 +6,6 @@ from mswap_site import embedded
 
 # The catalogue is checked at every use, so that a test's uncommitted rows are visible to it.
 os.environ["CATALOGUE_POLL_SECONDS"] = "0"
+# What is drawn to learn would make another choice each time.
+os.environ["EXPLORE"] = "0"
 embedded.prepare_environment()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ LOST_SECONDS = 900.0
 # What other installations found counts for at most this many observations.
 GLOBAL_WEIGHT = 24.0
 
+Row = TypeVar("Row")
 TaskModel = tuple[str, str]
 # What changed: ("cell", task, model), ("drift", model), ("times", model), ("model" or "provider",
 # id) for a breaker.
@@ -231,7 +233,7 @@ class Learned:
         return barred, probes
 
 
-def _only[Row](rows: Mapping[str, Row], keys: Iterable[str]) -> dict[str, Row]:
+def _only(rows: Mapping[str, Row], keys: Iterable[str]) -> dict[str, Row]:
     return {key: rows[key] for key in keys if key in rows}
 
 

@@ -1,4 +1,4 @@
-"""Everything from one command: set-up, web, worker, beat and a stand-in AutoModel's traffic."""
+"""Everything from one command: set-up, web, workers, beat and a stand-in AutoModel's traffic."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ class Command(BaseCommand):
             children.start("worker", python("celery", *worker, *quiet))
             schedule = str(settings.DATA_DIR / "beat-schedule")
             children.start("beat", python("celery", "-A", "mswap_site", "beat", "-s", schedule))
+            children.start("learn", [sys.executable, "manage.py", "learn"])
             wait_until_ready(f"{url}/api/modelswapper/health", children)
             self.tell(demo, url, demo_path, children.folder)
             if traffic:

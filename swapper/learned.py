@@ -1,0 +1,297 @@
+"""What was learned, as rows: a process's copy of them, and how it is kept and changed.
+
+Every change is made under one lock, in a transaction that takes a new version for the rows that it
+writes. The lock is held until the commit, so that versions become visible in their order, and a
+copy is brought up to date by the rows above the version that it has. ``swapper/learner.py`` writes
+what reports say; a selection writes only that it is the probe of a breaker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from django.conf import settings
+from django.db import connection, transaction
+
+from swapper.learning.breakers import Breaker, Times
+from swapper.learning.cells import MEMORY, Cell
+from swapper.learning.drift import Drift
+from swapper.learning.holds import Ratios
+from swapper.learning.state import Changed, Learned
+from swapper.selection import Knowledge, Table
+
+# Any number that no other advisory lock of ours has.
+LOCK = 0x6C6561726E
+
+Row = Breaker | Drift | Ratios | Times
+KINDS: dict[str, type[Row]] = {
+    "drift": Drift,
+    "times": Times,
+    "model": Breaker,
+    "provider": Breaker,
+    "ratios": Ratios,
+}
+
+# One statement, so that both parts are as of one moment.
+CHANGED = """
+SELECT kind, key, state::text, version FROM swapper_learnedstate WHERE version > %(version)s
+UNION ALL
+SELECT 'cell', p.model_id::text, json_build_array(t.name, p.good, p.bad, p.sample_size,
+    p.latency_ms, p.avg_latency, p.avg_cost::float8,
+    extract(epoch FROM p.last_success_at)::float8, extract(epoch FROM p.last_failure_at)::float8,
+    p.before, p.before_weight, p.success_rate::float8)::text, p.version
+FROM task_performance p JOIN task_types t ON t.id = p.task_type_id WHERE p.version > %(version)s
+"""
+
+# The success rate is over all outcomes ever counted: the rows' and the new ones'.
+SAVE_CELLS = """
+INSERT INTO task_performance AS p (id, task_type_id, model_id, success_rate, avg_latency, avg_cost,
+    sample_size, last_success_at, last_failure_at, metadata, created_at, updated_at, good, bad,
+    latency_ms, before, before_weight, version)
+SELECT gen_random_uuid(), t.id, m.id, r.success_rate, COALESCE(round(r.latency_ms), 0),
+    COALESCE(r.cost_usd, 0), r.observations, to_timestamp(r.last_success_at),
+    to_timestamp(r.last_failure_at), '{}', now(), now(), r.good, r.bad, r.latency_ms, r.before,
+    r.before_weight, %(version)s
+FROM jsonb_to_recordset(%(cells)s::jsonb) AS r(task text, model uuid, good float8, bad float8,
+    observations int, latency_ms float8, cost_usd numeric, last_success_at float8,
+    last_failure_at float8, before float8, before_weight float8, success_rate numeric)
+JOIN task_types t ON t.name = r.task JOIN models m ON m.id = r.model
+ON CONFLICT (task_type_id, model_id) DO UPDATE SET
+    success_rate = CASE WHEN EXCLUDED.sample_size > p.sample_size THEN round((
+        p.success_rate * p.sample_size
+        + EXCLUDED.success_rate * (EXCLUDED.sample_size - p.sample_size)
+        ) / EXCLUDED.sample_size, 12) ELSE p.success_rate END,
+    avg_latency = EXCLUDED.avg_latency, avg_cost = EXCLUDED.avg_cost,
+    sample_size = EXCLUDED.sample_size, last_success_at = EXCLUDED.last_success_at,
+    last_failure_at = EXCLUDED.last_failure_at, updated_at = now(), good = EXCLUDED.good,
+    bad = EXCLUDED.bad, latency_ms = EXCLUDED.latency_ms, before = EXCLUDED.before,
+    before_weight = EXCLUDED.before_weight, version = EXCLUDED.version
+"""
+SAVE_STATES = """
+INSERT INTO swapper_learnedstate AS s (kind, key, state, version)
+SELECT kind, key, state, %(version)s
+FROM jsonb_to_recordset(%(states)s::jsonb) AS r(kind text, key text, state jsonb)
+ON CONFLICT (kind, key) DO UPDATE
+    SET state = EXCLUDED.state, version = EXCLUDED.version, updated_at = now()
+    WHERE s.state <> EXCLUDED.state
+"""
+
+
+def encoded(row: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not as at first. Infinity, which JSON has not, is one."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(row)
+        if (value := getattr(row, field.name)) != field.default
+    }
+
+
+@dataclass
+class Copy:
+    """All rows up to ``version``."""
+
+    learned: Learned = field(default_factory=Learned)
+    ratios: dict[str, Ratios] = field(default_factory=dict)
+    version: int = -1
+
+    def refresh(self) -> bool:
+        """Load what changed since; whether anything did."""
+        with connection.cursor() as cursor:
+            cursor.execute(CHANGED, {"version": self.version})
+            rows = cursor.fetchall()
+        for kind, key, state, version in rows:
+            if kind == "cell":
+                self._put_cell(key, msgspec.json.decode(state), new=not version)
+            else:
+                self.rows(kind)[key] = msgspec.json.decode(state, type=KINDS[kind])
+            self.version = max(self.version, version)
+        return bool(rows)
+
+    def rows(self, kind: str) -> dict[str, Any]:
+        """The rows of a kind of KINDS, by key."""
+        if kind == "ratios":
+            return self.ratios
+        learned = self.learned
+        return {
+            "drift": learned.drifts,
+            "times": learned.times,
+            "model": learned.models,
+            "provider": learned.providers,
+        }[kind]
+
+    def _put_cell(self, model: str, row: list[Any], *, new: bool) -> None:
+        (
+            task, good, bad, observations, latency_ms, avg_latency, cost, last_success,
+            last_failure, before, before_weight, success_rate,
+        ) = row  # fmt: skip
+        if new:
+            # A row of before there was learning: taken at its word, as far as memory goes.
+            weight = min(MEMORY, observations)
+            good, bad = success_rate * weight, (1 - success_rate) * weight
+            latency_ms = avg_latency or None
+        self.learned.put(
+            (task, model),
+            Cell(
+                good,
+                bad,
+                observations,
+                latency_ms,
+                cost if observations else None,
+                last_success,
+                last_failure,
+                before,
+                before_weight,
+            ),  # fmt: skip
+        )
+
+
+@contextmanager
+def changing(*, wait: bool = True) -> Iterator[bool]:
+    """A transaction that may write rows; False (``wait=False`` only): another one is under way."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        if wait:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
+            yield True
+        else:
+            cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [LOCK])
+            yield bool(cursor.fetchone()[0])
+
+
+def save(
+    copy: Copy, changed: Iterable[Changed], successes: Mapping[tuple[str, str], tuple[int, int]]
+) -> None:
+    """Write the rows of ``copy`` that ``changed``, within ``changing``.
+
+    ``successes``: by cell, (successes, outcomes) among what its count grew by.
+    """
+    cells, states = [], []
+    for kind, *key in changed:
+        if kind == "cell":
+            task, model = key
+            good, total = successes.get((task, model), (0, 0))
+            rate = good / total if total else 0
+            cell = dataclasses.asdict(copy.learned.cells[task, model])
+            cells.append({"task": task, "model": model, "success_rate": rate, **cell})
+        else:
+            row = copy.rows(kind)[key[0]]
+            states.append({"kind": kind, "key": key[0], "state": encoded(row)})
+    if not cells and not states:
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT nextval('swapper_learned_version')")
+        [version] = cursor.fetchone()
+        if cells:
+            text = msgspec.json.encode(cells).decode()
+            cursor.execute(SAVE_CELLS, {"cells": text, "version": version})
+        if states:
+            text = msgspec.json.encode(states).decode()
+            cursor.execute(SAVE_STATES, {"states": text, "version": version})
+
+
+def save_breakers(breakers: Mapping[tuple[str, str], Breaker]) -> None:
+    """Write breakers by (kind, key), within ``changing``."""
+    copy = Copy()
+    for (kind, key), breaker in breakers.items():
+        copy.rows(kind)[key] = breaker
+    save(copy, breakers, {})
+
+
+def read_breakers(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Breaker]:
+    """The breakers that have a row, as they stand in the database, by (kind, key)."""
+    wanted = [f"{kind}/{key}" for kind, key in keys]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT kind, key, state::text FROM swapper_learnedstate"
+            " WHERE kind IN ('model', 'provider') AND kind || '/' || key = ANY(%s)",
+            [wanted],
+        )
+        rows = cursor.fetchall()
+    return {(kind, key): msgspec.json.decode(state, type=Breaker) for kind, key, state in rows}
+
+
+class Serving:
+    """This process's copy, which the catalogue's thread keeps fresh, for its selections."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._copy = Copy()
+        self._generator: tuple[int, np.random.Generator] | None = None
+
+    def forget(self) -> None:
+        """Load all anew at the next refresh."""
+        with self._lock:
+            self._copy = Copy()
+
+    def refresh(self) -> None:
+        with self._lock:
+            self._copy.refresh()
+
+    def generator(self) -> np.random.Generator | None:
+        """What this process draws from; None where staff let nothing explore."""
+        if not settings.EXPLORE:
+            return None
+        # A process that was forked must not draw what its parent draws.
+        if self._generator is None or self._generator[0] != os.getpid():
+            self._generator = (os.getpid(), np.random.default_rng())
+        return self._generator[1]
+
+    def knowledge(self, table: Table, task: str, now: float) -> Knowledge:
+        """Of our own models, whose table lives as long as the catalogue's snapshot."""
+        with self._lock:
+            return self._copy.learned.knowledge(table, task, now)
+
+    def knowledge_of_own(
+        self, table: Table, task: str, tasks: Iterable[str], now: float
+    ) -> Knowledge:
+        """Of an account's own models, whose ``table`` was made for this request."""
+        with self._lock:
+            part = self._copy.learned.part(table, tasks)
+        return part.knowledge(table, task, now)
+
+    def is_half_open(self, model: str, provider: str, now: float) -> bool:
+        """Whether a request to ``model`` would be a probe, of its breaker or its provider's."""
+        learned = self._copy.learned
+        return any(
+            breaker is not None and breaker.standing(now) == "half_open"
+            for breaker in (learned.models.get(model), learned.providers.get(provider))
+        )
+
+    def factors(self, account_id: int, task: str) -> tuple[float, float]:
+        """By how much the account's estimates of (prompt, completion) tokens grow for a hold."""
+        ratios = self._copy.ratios
+        prompt, completion = (
+            row.factor if (row := ratios.get(ratio_key(account_id, task, side))) else 1.0
+            for side in ("prompt", "completion")
+        )
+        return prompt, completion
+
+
+def ratio_key(account_id: int, task: str, side: str) -> str:
+    return f"{account_id}/{task}/{side}"
+
+
+serving = Serving()
+
+
+def claim_probe(model: str, provider: str, now: float) -> bool:
+    """Be the one request that finds out whether ``model`` is back; False: another one is.
+
+    True as well where every breaker is closed by now.
+    """
+    with changing():
+        breakers = read_breakers([("model", model), ("provider", provider)])
+        standing = {key: breaker.standing(now) for key, breaker in breakers.items()}
+        half_open = {key: breakers[key] for key, how in standing.items() if how == "half_open"}
+        taken = any(breaker.probe_at is not None for breaker in half_open.values())
+        if taken or "open" in standing.values():
+            return False
+        save_breakers({key: breaker.probing(now) for key, breaker in half_open.items()})
+    return True
