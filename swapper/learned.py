@@ -120,12 +120,13 @@ class Copy:
         if kind == "ratios":
             return self.ratios
         learned = self.learned
-        return {
+        rows: dict[str, dict[str, Any]] = {
             "drift": learned.drifts,
             "times": learned.times,
             "model": learned.models,
             "provider": learned.providers,
-        }[kind]
+        }
+        return rows[kind]
 
     def _put_cell(self, model: str, row: list[Any], *, new: bool) -> None:
         (
@@ -137,20 +138,18 @@ class Copy:
             weight = min(MEMORY, observations)
             good, bad = success_rate * weight, (1 - success_rate) * weight
             latency_ms = avg_latency or None
-        self.learned.put(
-            (task, model),
-            Cell(
-                good,
-                bad,
-                observations,
-                latency_ms,
-                cost if observations else None,
-                last_success,
-                last_failure,
-                before,
-                before_weight,
-            ),  # fmt: skip
+        cell = Cell(
+            good=good,
+            bad=bad,
+            observations=observations,
+            latency_ms=latency_ms,
+            cost_usd=cost if observations else None,
+            last_success_at=last_success,
+            last_failure_at=last_failure,
+            before=before,
+            before_weight=before_weight,
         )
+        self.learned.put((task, model), cell)
 
 
 @contextmanager

@@ -37,7 +37,8 @@ KEY = re.compile(
 )
 
 # Written in the statement that ends the hold, and only if it ends it: a log row per call, what
-# learning is to hear of it (the outbox), and the hourly rollup. A late report takes back the row that the expiry had written.
+# learning is to hear of it (the outbox), and the hourly rollup. A late report takes back the row
+# that the expiry had written.
 END_AND_RECORD = End.recording(
     """,
 calls AS MATERIALIZED (
