@@ -1,0 +1,371 @@
+"""Reports change the next selection: once each, soon, in every process, whoever is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from django.utils import timezone
+
+from billing.models import Account, Hold
+from swapper.learned import Copy, claim_probe, read_breakers, save_breakers
+from swapper.learner import Learner
+from swapper.learning.breakers import Breaker
+from swapper.models import LearnedState, Outcome, TaskPerformance
+from swapper.usage import expire
+from tests.conftest import Caller, Shelf, caller, edit
+from tests.server import ROOT, Server, database_url, environment
+
+WORDS = {"success": False, "completion_tokens": 0}
+
+
+def learn() -> None:
+    while Learner().once():
+        pass
+
+
+def use(automodel: Caller, **said: Any) -> dict[str, Any]:
+    """A critical request (the best model, ``large``), reported."""
+    selection: dict[str, Any] = automodel.select(priority="critical").json()
+    assert automodel.report(selection, **said).status_code in (200, 201)
+    return selection
+
+
+def chosen(automodel: Caller, **asked: Any) -> str:
+    response = automodel.select(**{"priority": "critical", "dry_run": True, **asked})
+    assert response.status_code == 200, response.content
+    return str(response.json()["selected_model_name"])
+
+
+def breaker_of(shelf: Shelf, name: str) -> Breaker:
+    key = ("model", str(shelf[name].pk))
+    return read_breakers([key])[key]
+
+
+# --- The outbox ------------------------------------------------------------------------------
+
+
+def test_a_report_is_learned_once(automodel: Caller, alice: Account, shelf: Shelf):
+    selection = use(automodel, quality=0.5, latency_ms=800)
+    automodel.report(selection, quality=0.5, latency_ms=800)  # said again
+    assert Outcome.objects.count() == 1
+    learn()
+    learn()
+    row = TaskPerformance.objects.get()
+    assert (row.task_type, row.model) == (shelf.chat, shelf.large)
+    assert (row.good, row.bad, row.sample_size) == (0.5, 0.5, 1)
+    assert (row.success_rate, row.avg_latency, float(row.avg_cost)) == (1, 800, 0.016)
+    assert row.last_success_at == Hold.objects.get().ended_at and row.last_failure_at is None
+    assert not Outcome.objects.exists()
+
+
+def test_attempts_before_the_answer_are_learned_as_well(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    use(automodel, attempts=[{"model_id": str(shelf.medium.pk), "error_kind": "other"}])
+    learn()
+    rates = {row.model.name: row.success_rate for row in TaskPerformance.objects.all()}
+    assert rates == {"large": 1, "medium": 0}
+
+
+def test_the_success_rate_is_over_everything_ever_counted(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    for success in (True, False, True, True):
+        use(automodel, **({} if success else {**WORDS, "error_kind": "other"}))
+        learn()
+    row = TaskPerformance.objects.get()
+    assert (row.sample_size, float(row.success_rate)) == (4, 0.75)
+
+
+def test_a_failed_transport_is_no_matter_of_quality(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    use(automodel, **WORDS, error_kind="timeout")
+    learn()
+    assert not TaskPerformance.objects.exists()
+    assert breaker_of(shelf, "large").recent == (str(shelf.large.pk),)
+
+
+def test_what_nobody_reported_is_not_learned_until_it_is(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    selection = automodel.select(priority="critical").json()
+    assert expire(Hold.objects.get())
+    assert not Outcome.objects.exists()
+    automodel.report(selection)
+    assert Outcome.objects.count() == 1
+
+
+def test_a_model_that_was_deleted_since_stops_nothing(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    use(automodel)
+    Outcome.objects.update(model_id=uuid4())
+    use(automodel)
+    learn()
+    assert not Outcome.objects.exists() and TaskPerformance.objects.get().sample_size == 1
+
+
+def test_what_fails_to_be_written_is_learned_the_next_time(
+    automodel: Caller, alice: Account, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+):
+    use(automodel)
+    learner = Learner()
+    with monkeypatch.context() as broken:
+        broken.setattr("swapper.learner.save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learner.once()
+    assert Outcome.objects.count() == 1
+    learner.once()
+    assert TaskPerformance.objects.get().sample_size == 1
+
+
+def test_what_was_known_before_is_built_upon(automodel: Caller, alice: Account, shelf: Shelf):
+    """ChatChonk's own rows count."""
+    TaskPerformance.objects.create(
+        task_type=shelf.chat, model=shelf.large, success_rate="0.25", sample_size=100
+    )
+    use(automodel)
+    learn()
+    row = TaskPerformance.objects.get()
+    assert (row.good, row.bad, row.sample_size) == (26, 75, 101)
+    assert float(row.success_rate) == pytest.approx(26 / 101)
+
+
+def test_a_copy_that_was_read_is_what_the_worker_had(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    learner = Learner()
+    for kind in (None, "other", "timeout", "rate_limited", None):
+        said = {} if kind is None else {**WORDS, "error_kind": kind}
+        selection = automodel.select(priority="critical", approved=True).json()
+        automodel.report(selection, **said)
+    learner.once()
+    copy = Copy()
+    assert copy.refresh()
+    theirs, ours = copy.learned, learner.copy.learned
+    assert (theirs.cells, theirs.drifts, theirs.times) == (ours.cells, ours.drifts, ours.times)
+    assert (theirs.models, theirs.providers) == (ours.models, ours.providers)
+    assert copy.ratios == learner.copy.ratios and copy.ratios
+    assert not copy.refresh(), "nothing changed since"
+
+
+# --- Selections ------------------------------------------------------------------------------
+
+
+def test_what_was_learned_counts_in_the_next_selection(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    assert chosen(automodel) == "large"
+    for _ in range(12):
+        use(automodel, quality=0.1)
+    learn()
+    answer = automodel.select(priority="critical", dry_run=True).json()
+    assert answer["selected_model_name"] == "medium"
+    [large] = [c for c in answer["explanation"]["candidates"] if c["name"] == "large"]
+    assert large["observations"] == 12 and large["quality"] < 0.6 and large["drawn"] is None
+    assert "12 outcomes" not in answer["reasoning"], "that is the other one's"
+
+
+def test_three_failures_in_a_row_trip_the_model(automodel: Caller, alice: Account, shelf: Shelf):
+    for _ in range(3):
+        selection = automodel.select(priority="critical").json()
+        automodel.report(
+            {**selection, "selected_model_id": str(shelf.large.pk)}, **WORDS, error="503"
+        )
+        learn()
+    breaker = breaker_of(shelf, "large")
+    assert breaker.tripped and breaker.reason == "3 in a row: server_error"
+    answer = automodel.select(priority="critical", dry_run=True).json()
+    assert answer["selected_model_name"] == "medium"
+    assert answer["explanation"]["excluded"][0]["rule"] == "model_down"
+
+
+def test_a_half_open_breaker_takes_one_probe_of_low_priority(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    now = time.time()
+    key = ("model", str(shelf.large.pk))
+    shelf.large.provider.models.exclude(pk=shelf.large.pk).delete()
+    edit(shelf.large, cost_per_1k_prompt_tokens=0, cost_per_1k_completion_tokens="0.0001")
+    save_breakers({key: Breaker(tripped=True, reason="test", since=now - 20, until=now - 5)})
+    assert chosen(automodel, priority="high") == "medium", "others wait"
+    first = automodel.select(priority="low").json()
+    assert first["selected_model_name"] == "large"
+    assert breaker_of(shelf, "large").probe_at is not None
+    assert chosen(automodel, priority="low") != "large", "one at a time"
+    automodel.report(first)
+    learn()
+    assert breaker_of(shelf, "large").successes == 1
+    automodel.report(automodel.select(priority="low").json())
+    learn()
+    assert breaker_of(shelf, "large").standing(now) == "closed"
+
+
+def test_a_probe_is_claimed_by_one(db: None, shelf: Shelf):
+    now = time.time()
+    model, provider = str(shelf.large.pk), str(shelf.large.provider_id)
+    save_breakers({("provider", provider): Breaker(tripped=True, until=now - 1)})
+    assert [claim_probe(model, provider, now) for _ in range(2)] == [True, False]
+
+
+def test_a_probe_that_was_never_sent_makes_room_for_another(db: None, shelf: Shelf):
+    now = time.time()
+    model, provider = str(shelf.large.pk), str(shelf.large.provider_id)
+    save_breakers({("model", model): Breaker(tripped=True, until=now - 60)})
+    assert claim_probe(model, provider, now - 30)
+    learn()
+    assert claim_probe(model, provider, now)
+
+
+def test_silence_trips(automodel: Caller, alice: Account, shelf: Shelf):
+    """Calls that hang are as bad as failed ones, before their time-outs are reported."""
+    for _ in range(8):
+        use(automodel)
+    learn()
+    for _ in range(3):
+        automodel.select(priority="critical")
+    Learner().once()
+    assert not breaker_of(shelf, "large").tripped
+    Learner().once(now=lambda: time.time() + 30)
+    assert breaker_of(shelf, "large").reason == "silence: 3 overdue"
+
+
+def test_who_never_reports_is_no_sign_of_silence(
+    automodel: Caller, alice: Account, bob: Account, shelf: Shelf
+):
+    for _ in range(8):
+        use(automodel)
+    learn()
+    for _ in range(3):
+        automodel.select(priority="critical", user_id="bob")
+    Learner().once(now=lambda: time.time() + 30)
+    assert not breaker_of(shelf, "large").tripped
+
+
+# --- Processes -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers(transactional_db: None, tmp_path: Path) -> Iterator[Callable[[], Any]]:
+    """Starts a worker on the tests' database."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        with (tmp_path / f"learn-{len(running)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "manage.py", "learn"],
+                cwd=ROOT,
+                env=environment(database_url()),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.wait(10)
+
+
+def eventually(so: Callable[[], bool], seconds: float) -> float:
+    """Seconds until it is so."""
+    start = time.monotonic()
+    while not so():
+        assert time.monotonic() - start < seconds, f"not so after {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def put_outcomes(shelf: Shelf, account: Account, count: int) -> None:
+    now = timezone.now()
+    Outcome.objects.bulk_create(
+        Outcome(
+            request_id=uuid4(),
+            account_id=account.pk,
+            model_id=shelf.large.pk,
+            provider_id=shelf.large.provider_id,
+            task_type_id=shelf.chat.pk,
+            success=number % 4 > 0,
+            error_kind=None if number % 4 else "other",
+            latency_ms=100,
+            cost_usd=0.01,
+            prompt_tokens=10,
+            completion_tokens=10,
+            estimated_prompt_tokens=10,
+            admitted_at=now,
+            reported_at=now,
+        )
+        for number in range(count)
+    )
+
+
+def test_two_workers_learn_each_report_once_though_they_are_killed(
+    workers: Callable[[], Any], alice: Account, shelf: Shelf
+):
+    running = [workers(), workers()]
+    put_outcomes(shelf, alice, 2000)
+    eventually(lambda: Outcome.objects.count() < 2000, 30)
+    for round_ in range(6):
+        put_outcomes(shelf, alice, 2000)
+        time.sleep(0.05 + 0.03 * round_)
+        os.kill(running[round_ % 2].pid, signal.SIGKILL)
+        running[round_ % 2] = workers()
+    eventually(lambda: not Outcome.objects.exists(), 30)
+    row = TaskPerformance.objects.get()
+    assert row.sample_size == 14_000
+    assert float(row.success_rate) == pytest.approx(0.75, abs=1e-6)
+    [ratios] = LearnedState.objects.filter(kind="ratios")
+    assert ratios.state["observations"] == 14_000
+
+
+def test_a_report_counts_in_every_process_within_two_seconds(
+    workers: Callable[[], Any], server: Server, alice: Account, shelf: Shelf
+):
+    token = str(caller("select", "usage").token)
+
+    def select(**asked: Any) -> Any:
+        body = {"task_type": "chat", "user_id": "alice", "estimated_tokens": 1000, **asked}
+        return server.post("select-model", body, token=token).json
+
+    def all_choose(name: str) -> bool:
+        # Each call on a new connection, so that both processes come to answer.
+        names = set()
+        for _ in range(8):
+            server._local.client = None
+            names.add(select(priority="critical", dry_run=True)["selected_model_name"])
+        return names == {name}
+
+    workers()
+    eventually(lambda: all_choose("large"), 10)
+    for _ in range(3):
+        selection = select(priority="critical")
+        report = {
+            "request_id": selection["request_id"],
+            "success": False,
+            "model_id": str(shelf.large.pk),
+            "prompt_tokens": 700,
+            "completion_tokens": 0,
+            "latency_ms": 5,
+            "error_kind": "server_error",
+        }
+        assert server.post("usage", report, token=token).status in (200, 201)
+    reported = time.monotonic()
+    eventually(lambda: LearnedState.objects.filter(kind="model", state__tripped=True).exists(), 20)
+    learned_after = time.monotonic() - reported
+    seen_after = eventually(lambda: all_choose("medium"), 20)
+    # The worker may still have been starting: from its word on, and in all where it was up.
+    assert seen_after < 1.5
+    assert learned_after + seen_after < 20
