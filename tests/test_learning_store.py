@@ -20,10 +20,10 @@ from billing.models import Account, Hold
 from swapper.learned import Copy, claim_probe, read_breakers, save_breakers
 from swapper.learner import Learner
 from swapper.learning.breakers import Breaker
-from swapper.models import LearnedState, Outcome, TaskPerformance
+from swapper.models import LearnedState, Model, Outcome, TaskPerformance
 from swapper.usage import expire
 from tests.conftest import Caller, Shelf, caller, edit
-from tests.server import ROOT, Server, database_url, environment
+from tests.server import ROOT, Server, database_url, environment, server  # noqa: F401 (fixture)
 
 WORDS = {"success": False, "completion_tokens": 0}
 
@@ -34,8 +34,10 @@ def learn() -> None:
 
 
 def use(automodel: Caller, **said: Any) -> dict[str, Any]:
-    """A critical request (the best model, ``large``), reported."""
+    """A request that ``large`` served, whatever was learned of it, reported."""
     selection: dict[str, Any] = automodel.select(priority="critical").json()
+    large = Model.objects.get(name="large")
+    selection["selected_model_id"] = str(large.pk)
     assert automodel.report(selection, **said).status_code in (200, 201)
     return selection
 
@@ -100,7 +102,8 @@ def test_what_nobody_reported_is_not_learned_until_it_is(
     automodel: Caller, alice: Account, shelf: Shelf
 ):
     selection = automodel.select(priority="critical").json()
-    assert expire(Hold.objects.get())
+    hold = Hold.objects.get()
+    assert expire(hold, at=hold.expires_at)
     assert not Outcome.objects.exists()
     automodel.report(selection)
     assert Outcome.objects.count() == 1
@@ -316,23 +319,26 @@ def test_two_workers_learn_each_report_once_though_they_are_killed(
     workers: Callable[[], Any], alice: Account, shelf: Shelf
 ):
     running = [workers(), workers()]
-    put_outcomes(shelf, alice, 2000)
-    eventually(lambda: Outcome.objects.count() < 2000, 30)
-    for round_ in range(6):
-        put_outcomes(shelf, alice, 2000)
+    put_outcomes(shelf, alice, 1000)
+    eventually(lambda: Outcome.objects.count() < 1000, 30)
+    for round_ in range(4):
+        put_outcomes(shelf, alice, 1000)
         time.sleep(0.05 + 0.03 * round_)
         os.kill(running[round_ % 2].pid, signal.SIGKILL)
         running[round_ % 2] = workers()
     eventually(lambda: not Outcome.objects.exists(), 30)
     row = TaskPerformance.objects.get()
-    assert row.sample_size == 14_000
+    assert row.sample_size == 5_000
     assert float(row.success_rate) == pytest.approx(0.75, abs=1e-6)
     [ratios] = LearnedState.objects.filter(kind="ratios")
-    assert ratios.state["observations"] == 14_000
+    assert ratios.state["observations"] == 5_000
 
 
 def test_a_report_counts_in_every_process_within_two_seconds(
-    workers: Callable[[], Any], server: Server, alice: Account, shelf: Shelf
+    workers: Callable[[], Any],
+    server: Server,  # noqa: F811 (the fixture)
+    alice: Account,
+    shelf: Shelf,
 ):
     token = str(caller("select", "usage").token)
 
