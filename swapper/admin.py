@@ -17,7 +17,7 @@ from django.urls import path
 
 from billing.admin import ReadOnly, usd
 from billing.models import Hold
-from swapper import history
+from swapper import breaker_admin, history  # noqa: F401 (registers its pages)
 from swapper.catalogue import record_changed_prices
 from swapper.models import Model, Price, TaskType, UsageLog
 

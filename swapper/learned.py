@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +22,12 @@ import numpy as np
 from django.conf import settings
 from django.db import connection, transaction
 
-from swapper.learning.breakers import Breaker, Times
+from swapper.learning.breakers import Breaker, Forced, Times
 from swapper.learning.cells import MEMORY, Cell
 from swapper.learning.drift import Drift
 from swapper.learning.holds import Ratios
 from swapper.learning.state import Changed, Learned
+from swapper.models import BreakerEvent
 from swapper.selection import Knowledge, Table
 
 # Any number that no other advisory lock of ours has.
@@ -214,6 +216,25 @@ def read_breakers(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Brea
         )
         rows = cursor.fetchall()
     return {(kind, key): msgspec.json.decode(state, type=Breaker) for kind, key, state in rows}
+
+
+def decoded_breaker(state: Mapping[str, Any]) -> Breaker:
+    """From the state of a row, as the ORM read it."""
+    return msgspec.convert(state, Breaker)
+
+
+def force(kind: str, key: str, forced: Forced | None, *, reason: str, by: str) -> None:
+    """Keep a breaker open or closed until staff say otherwise; None: by itself again.
+
+    ``kind``: model or provider.
+    """
+    with changing():
+        # One provider's trip needs two of its models, as in swapper/learning/state.py.
+        usual = Breaker(culprits=2 if kind == "provider" else 1)
+        breaker = read_breakers([(kind, key)]).get((kind, key), usual)
+        save_breakers({(kind, key): breaker.forcing(forced, reason, time.time())})
+        what = f"forced {forced}" if forced else "by itself again"
+        BreakerEvent.objects.create(kind=kind, key=key, what=what, reason=reason, by=by)
 
 
 class Serving:

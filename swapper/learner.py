@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from django.db import connection
@@ -20,6 +21,7 @@ from swapper.learning.breakers import Breaker, Times
 from swapper.learning.events import Outcome
 from swapper.learning.holds import Ratios
 from swapper.learning.state import Changed
+from swapper.models import BreakerEvent
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class Learner:
         with connection.cursor() as cursor:
             cursor.execute(TAKE, [BATCH])
             rows = cursor.fetchall()
+        learned = self.copy.learned
+        before = {"model": dict(learned.models), "provider": dict(learned.providers)}
         changed: set[Changed] = set()
         successes: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
         for row in rows:
@@ -97,6 +101,7 @@ class Learner:
             self._ticked = now
             changed |= self._tick(now)
         save(self.copy, changed, successes)
+        note_trips(before, {"model": learned.models, "provider": learned.providers})
         return len(rows)
 
     def _hear(
@@ -159,3 +164,21 @@ class Learner:
             for model, starts in learned.waiting.items()
             if (model if kind == "model" else learned.at_provider[model]) == key
         )
+
+
+def note_trips(
+    before: Mapping[str, Mapping[str, Breaker]], after: Mapping[str, Mapping[str, Breaker]]
+) -> None:
+    """Keep for staff which breakers opened and closed, and why."""
+    events = []
+    for kind, breakers in after.items():
+        for key, breaker in breakers.items():
+            old = before[kind].get(key, Breaker())
+            if breaker.tripped != old.tripped:
+                what = "opened" if breaker.tripped else "closed"
+                events.append(BreakerEvent(kind=kind, key=key, what=what, reason=breaker.reason))
+            if breaker.limited_until > old.limited_until:
+                until = datetime.fromtimestamp(breaker.limited_until, UTC)
+                reason = f"asked to be left alone until {until:%H:%M:%S} UTC"
+                events.append(BreakerEvent(kind=kind, key=key, what="rate limited", reason=reason))
+    BreakerEvent.objects.bulk_create(events)

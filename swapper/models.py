@@ -356,6 +356,31 @@ class LearnedState(models.Model):
         return f"{self.get_kind_display()} {self.key}"
 
 
+class Breaker(LearnedState):
+    """The breaker of a model or provider, for staff."""
+
+    class Meta:
+        proxy = True
+
+
+class BreakerEvent(models.Model):
+    """A breaker opened or closed, by itself or (``by``) because staff said so."""
+
+    kind = models.TextField(choices=LearnedState.Kind)
+    key = models.TextField(help_text="Id of the model or provider.")
+    at = models.DateTimeField(db_default=Now())
+    what = models.TextField()
+    reason = models.TextField(blank=True, default="")
+    by = models.TextField(blank=True, default="", help_text="Empty: by itself.")
+
+    class Meta:
+        ordering = ("-at", "-id")
+        indexes = [models.Index(fields=("kind", "key", "at"), name="breaker_event_of")]
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
+
+
 class UsageLog(models.Model):
     """One call to a provider: the one that answered, or a failed attempt before it."""
 

@@ -14,13 +14,14 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.test import Client
 from django.utils import timezone
 
 from billing.models import Account, Hold
 from swapper.learned import Copy, claim_probe, read_breakers, save_breakers
 from swapper.learner import Learner
 from swapper.learning.breakers import Breaker
-from swapper.models import LearnedState, Model, Outcome, TaskPerformance
+from swapper.models import BreakerEvent, LearnedState, Model, Outcome, TaskPerformance
 from swapper.usage import expire
 from tests.conftest import Caller, Shelf, caller, edit
 from tests.server import ROOT, Server, database_url, environment, server  # noqa: F401 (fixture)
@@ -254,6 +255,37 @@ def test_who_never_reports_is_no_sign_of_silence(
         automodel.select(priority="critical", user_id="bob")
     Learner().once(now=lambda: time.time() + 30)
     assert not breaker_of(shelf, "large").tripped
+
+
+# --- Staff -----------------------------------------------------------------------------------
+
+
+def test_staff_see_who_tripped_and_why_and_force_with_a_reason(
+    automodel: Caller, alice: Account, shelf: Shelf, admin_client: Client
+):
+    for _ in range(3):
+        use(automodel, **WORDS, error_kind="timeout")
+    learn()
+    page = admin_client.get("/admin/swapper/breaker/").content.decode()
+    assert "large" in page and "3 in a row: timeout" in page
+    row = LearnedState.objects.get(kind="model")
+    change = f"/admin/swapper/breaker/{row.pk}/change/"
+    assert "opened" in admin_client.get(change).content.decode()
+    assert chosen(automodel) == "medium"
+    response = admin_client.post(change, {"force": "closed"})
+    assert response.status_code == 200, "not without a reason"
+    admin_client.post(change, {"force": "closed", "reason": "known false alarm"})
+    assert chosen(automodel) == "large"
+    admin_client.post(change, {"force": "open", "reason": "contract ended"})
+    assert chosen(automodel) == "medium"
+    said = [(e.what, e.reason, e.by) for e in BreakerEvent.objects.all()]
+    assert said == [
+        ("forced open", "contract ended", "admin"),
+        ("forced closed", "known false alarm", "admin"),
+        ("opened", "3 in a row: timeout", ""),
+    ]
+    learn()
+    assert chosen(automodel) == "medium", "the worker leaves it at that"
 
 
 # --- Processes -------------------------------------------------------------------------------
