@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -45,11 +46,13 @@ class Asking:
         """What is asked of the selection; ``how``: what differs from system keys."""
         request, row = self.request, self.caller.row
         prompt_tokens, completion_tokens = request.tokens()
+        calibration = self.calibration
         return selection.Query(
             task_type=self.task.name,
             needs=self.task.needs.union(request.required_capabilities or ()),
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+            prompt_tokens=math.ceil(prompt_tokens * calibration[0]),
+            completion_tokens=math.ceil(completion_tokens * calibration[1]),
+            calibration=calibration,
             at=row.read_at,
             priority=request.priority,
             preferred_providers=request.preferred_providers or (),
@@ -64,6 +67,13 @@ class Asking:
                 **how,
             },
         )
+
+    @property
+    def calibration(self) -> tuple[float, float]:
+        """What the estimates of (prompt, completion) tokens are multiplied by for the hold."""
+        if self.at is not None:
+            return 1.0, 1.0
+        return serving.factors(self.caller.row.account_id, self.task.name)
 
     def rank(self, table: Table, query: selection.Query, *, own: bool = False) -> Ranking:
         """``table`` ranked for ``query`` by what was learned so far; ``own``: the account's own.
@@ -118,12 +128,12 @@ class Asking:
         self, choice: Choice, stored: Stored, budgets: Sequence[str]
     ) -> ledger.Placed | ledger.Refused:
         request = self.request
-        prompt_tokens, completion_tokens = request.tokens()
+        breakdown = stored.cost_breakdown
         return ledger.hold(
             hold_id=self.hold_id,
             account_id=self.caller.row.account_id,
             usd=choice.hold_usd,
-            tokens=prompt_tokens + completion_tokens,
+            tokens=breakdown["prompt_tokens"] + breakdown["completion_tokens"],
             budgets=budgets,
             approved=request.approved,
             user_tier=request.user_tier and request.user_tier.upper(),

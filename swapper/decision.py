@@ -97,6 +97,9 @@ class Stored(msgspec.Struct, frozen=True):
     security_warning: str | None = None
     # In which minute the chosen provider's rate was claimed, where it has one.
     rate_minute: datetime | None = None
+    # By how much the caller's estimates of (prompt, completion) tokens grew for the hold, because
+    # the account's calls of this task run past them.
+    calibration: tuple[float, float] = (1.0, 1.0)
 
     @classmethod
     def of(
@@ -134,13 +137,17 @@ class Stored(msgspec.Struct, frozen=True):
             runner_up=next((weighed(c) for c in best if c.card is not chosen.card), None),
             security_warning=security_warning,
             rate_minute=rate_minute,
+            calibration=query.calibration,
         )
 
     @property
     def estimated_tokens(self) -> tuple[int, int]:
         """(prompt, completion) tokens as the caller estimated them."""
-        breakdown = self.cost_breakdown
-        return breakdown["prompt_tokens"], breakdown["completion_tokens"]
+        breakdown, (prompt, completion) = self.cost_breakdown, self.calibration
+        return (
+            round(breakdown["prompt_tokens"] / prompt),
+            round(breakdown["completion_tokens"] / completion),
+        )
 
     @property
     def explained(self) -> bool:
@@ -216,7 +223,7 @@ def answer_of(
         "provider_type": chosen.provider_type,
         "estimated_cost": plain(chosen.estimated_cost),
         "cost_breakdown": stored.cost_breakdown,
-        "max_completion_tokens": stored.cost_breakdown["completion_tokens"],
+        "max_completion_tokens": stored.estimated_tokens[1],
         "held": "0" if dry_run else plain(held),
         "hold_expires_at": None if dry_run else expires_at,
         "dry_run": dry_run,

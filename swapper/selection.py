@@ -221,6 +221,8 @@ class Query:
     preference: Preference = "balanced"
     # The account paces itself: spending over what the day so far allows; above 1 it runs ahead.
     pace: float = 0.0
+    # What the tokens were multiplied by, because such calls take more than is estimated.
+    calibration: tuple[float, float] = (1.0, 1.0)
 
     @property
     def pressure(self) -> float:
@@ -659,6 +661,9 @@ def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
         )
     elif ranking.query.pace > 1:
         text += " Cost weighs more: spending runs ahead of the day."
+    more = max(ranking.query.calibration)
+    if more > 1:
+        text += f" Held for up to {more:.2f} times the estimate, which such calls run past."
     if ranking.query.preference != "balanced":
         text += f" The account prefers {ranking.query.preference} models."
     return text

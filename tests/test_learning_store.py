@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -66,7 +67,7 @@ def test_a_report_is_learned_once(automodel: Caller, alice: Account, shelf: Shel
     row = TaskPerformance.objects.get()
     assert (row.task_type, row.model) == (shelf.chat, shelf.large)
     assert (row.good, row.bad, row.sample_size) == (0.5, 0.5, 1)
-    assert (row.success_rate, row.avg_latency, float(row.avg_cost)) == (1, 800, 0.016)
+    assert (float(row.success_rate), row.avg_latency, float(row.avg_cost)) == (1, 800, 0.016)
     assert row.last_success_at == Hold.objects.get().ended_at and row.last_failure_at is None
     assert not Outcome.objects.exists()
 
@@ -255,6 +256,28 @@ def test_who_never_reports_is_no_sign_of_silence(
         automodel.select(priority="critical", user_id="bob")
     Learner().once(now=lambda: time.time() + 30)
     assert not breaker_of(shelf, "large").tripped
+
+
+# --- Holds -----------------------------------------------------------------------------------
+
+
+def test_holds_grow_where_calls_run_past_their_estimates(
+    automodel: Caller, alice: Account, bob: Account, shelf: Shelf
+):
+    held = automodel.select(priority="critical", dry_run=True).json()["estimated_cost"]
+    for _ in range(40):
+        use(automodel, completion_tokens=600)  # 300 were estimated
+    learn()
+    answer = automodel.select(priority="critical").json()
+    assert answer["cost_breakdown"]["completion_tokens"] in range(600, 650)
+    assert answer["max_completion_tokens"] == 300, "what was asked"
+    assert Decimal(answer["estimated_cost"]) > Decimal(held)
+    assert "times the estimate" in answer["reasoning"]
+    assert not automodel.report(answer, completion_tokens=600).json()["overrun"]
+    outcome = Outcome.objects.get()
+    assert outcome.estimated_completion_tokens == 300, "else the factor would feed on itself"
+    other = automodel.select(priority="critical", dry_run=True, user_id="bob").json()
+    assert other["cost_breakdown"]["completion_tokens"] == 300, "each account's own"
 
 
 # --- Staff -----------------------------------------------------------------------------------
