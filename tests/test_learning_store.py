@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 from django.test import Client
 from django.utils import timezone
 
 from billing.models import Account, Hold
-from swapper.learned import Copy, claim_probe, read_breakers, save_breakers
+from swapper.learned import LOCK, Copy, claim_probe, read_breakers, save_breakers
 from swapper.learner import Learner
 from swapper.learning.breakers import Breaker
 from swapper.models import BreakerEvent, LearnedState, Model, Outcome, TaskPerformance
@@ -370,23 +371,33 @@ def put_outcomes(shelf: Shelf, account: Account, count: int) -> None:
     )
 
 
+def test_a_worker_stands_by_while_another_is_at_it(
+    transactional_db: None, alice: Account, shelf: Shelf
+):
+    put_outcomes(shelf, alice, 3)
+    with psycopg.connect(database_url()) as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
+        assert Learner().once() == 0 and Outcome.objects.count() == 3
+    assert Learner().once() == 3
+
+
 def test_two_workers_learn_each_report_once_though_they_are_killed(
     workers: Callable[[], Any], alice: Account, shelf: Shelf
 ):
     running = [workers(), workers()]
-    put_outcomes(shelf, alice, 1000)
-    eventually(lambda: Outcome.objects.count() < 1000, 30)
+    put_outcomes(shelf, alice, 600)
+    eventually(lambda: Outcome.objects.count() < 600, 30)
     for round_ in range(4):
-        put_outcomes(shelf, alice, 1000)
+        put_outcomes(shelf, alice, 600)
         time.sleep(0.05 + 0.03 * round_)
         os.kill(running[round_ % 2].pid, signal.SIGKILL)
         running[round_ % 2] = workers()
     eventually(lambda: not Outcome.objects.exists(), 30)
     row = TaskPerformance.objects.get()
-    assert row.sample_size == 5_000
+    assert row.sample_size == 3_000
     assert float(row.success_rate) == pytest.approx(0.75, abs=1e-6)
     [ratios] = LearnedState.objects.filter(kind="ratios")
-    assert ratios.state["observations"] == 5_000
+    assert ratios.state["observations"] == 3_000
 
 
 def test_a_report_counts_in_every_process_within_two_seconds(
