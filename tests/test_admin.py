@@ -32,6 +32,7 @@ from billing.models import (
 )
 from keys import crypto
 from keys.models import AccessToken, Lending
+from swapper import learned
 from swapper.catalogue import catalogue
 from swapper.models import KeyState, Model, Provider, UsageLog
 from tests.conftest import Caller, Shelf, make_provider
@@ -89,6 +90,7 @@ def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
     Alert.objects.create(
         account=alice, limit="usd_per_day", level=1, window_start=timezone.now(), problem="late"
     )
+    learned.force("model", str(Model.objects.first().pk), "open", reason="test", by="staff")
     user = alice.user
     assert user is not None
     user.password = SECRETS["password"]
