@@ -215,7 +215,9 @@ def test_a_stop_is_reset_with_a_reason_that_is_kept(
 ) -> None:
     tripped = trip(alice)
     url = reverse("admin:billing_breakertrip_reset") + f"?ids={tripped.pk}"
-    assert b"alice" in browser.get(url).content
+    asked = browser.get(url).content.decode()
+    assert "alice" in asked
+    assert "at $50 in one hour (threshold $50)" in asked
     assert browser.post(url, {"reason": " "}).status_code == 200  # asked again
     assert Meter.objects.get(account=alice).stopped_at is not None
 
