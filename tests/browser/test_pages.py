@@ -23,6 +23,7 @@ MOST_BYTES = 60_000
 # What light and dark, a wide window and a narrow one can change.
 OF_COLOUR = ["color-contrast", "link-in-text-block"]
 OF_LAYOUT = [*OF_COLOUR, "target-size", "scrollable-region-focusable"]
+STATUS = {"404": 404, "404-signed-out": 404, "socialaccount-login-error": 401}
 TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 RUN_AXE = """async ([tags, rules]) => {
   const runOnly = rules ? {type: "rule", values: rules} : {type: "tag", values: tags};
@@ -125,7 +126,7 @@ def names(pages: list[Page]) -> set[str]:
 def test_pictures_are_taken_of_every_page_when_asked_and_of_one_always(
     stage: Stage, cast: Cast, tmp_path: Path
 ):
-    """``make screenshots``: into the docs, with the demo's history; else into a folder that goes."""
+    """``make screenshots``: into the docs, with the demo's history."""
     asked = bool(os.environ.get("MSWAP_SCREENSHOTS"))
     folder = PICTURES if asked else tmp_path
     pages = [one for one in cast.pages() if not one.built_in]
