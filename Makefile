@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 TRAFFIC ?= 1
+HISTORY ?= 30
 BIN := .venv/bin
 # Type checking and lints need settings to load, not a database.
 NO_DATABASE := DATABASE_URL=postgres://nobody@/none DJANGO_SECRET_KEY=- MSWAP_TOKEN_KEY=- \
@@ -10,7 +11,7 @@ NO_DATABASE := DATABASE_URL=postgres://nobody@/none DJANGO_SECRET_KEY=- MSWAP_TO
 .PHONY: run test lint bench requirements clean
 
 run: .venv/run
-	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC)
+	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC) --history $(HISTORY)
 
 test: lint
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -106,6 +106,22 @@ def run(port: int, clients: int, seconds: float, script: Callable[[Connection], 
     return result
 
 
+def run_once(port: int, script: Callable[[Connection], Script]) -> None:
+    """Send what a script has, one request after the other; each must succeed."""
+    connection = Connection(port, lambda _: iter(()))
+    connection.script = script(connection)
+    with connection.socket:
+        while True:
+            try:
+                connection.send_next()
+            except StopIteration:
+                return
+            while not connection.receive():
+                pass
+            if not connection.succeeded:
+                raise RuntimeError(connection.answer[:300].decode())
+
+
 def cpu_seconds(pids: list[int]) -> float:
     """User and system CPU time of the processes so far."""
     ticks = 0

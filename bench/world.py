@@ -59,17 +59,21 @@ def populate() -> World:
 
 
 @contextmanager
-def server(port: int | None = None) -> Iterator[tuple[int, list[int]]]:
+def server(**env: str) -> Iterator[tuple[int, list[int]]]:
     """The web server as `make run` starts it, plus the floor: (port, pids of its processes)."""
     from bench.load import descendants
 
-    if port is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     process = subprocess.Popen(
         web_command(port),
-        env={**os.environ, "DJANGO_SETTINGS_MODULE": "bench.settings", "LOG_LEVEL": "WARNING"},
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "bench.settings",
+            "LOG_LEVEL": "WARNING",
+            **env,
+        },
         stdout=subprocess.DEVNULL,
     )
     try:

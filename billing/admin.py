@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from django import forms
 from django.contrib import admin, messages
@@ -18,14 +18,11 @@ from django.template.response import TemplateResponse
 from django.urls import path, reverse
 from pghistory.core import event_models
 
-from billing import ledger
+from billing import correction_admin, ledger  # noqa: F401 (registers itself)
 from billing.accounts import make_meter
-from billing.models import Account, BreakerTrip, Budget, Hold, Tier
+from billing.models import Account, AccountSettings, Alert, BreakerTrip, Budget, Hold, Tier
 from billing.money import plain
-
-admin.site.site_header = "ModelSwapper staff"
-admin.site.site_title = "ModelSwapper"
-admin.site.index_title = "What would you like to look at?"
+from billing.preview_admin import TierPreview
 
 
 def usd(field: str, label: str = "") -> Any:
@@ -75,12 +72,26 @@ def readable(value: Any) -> str:
     return "–" if value is None or value == "" else str(value)
 
 
+class WebhookOrigin(ModelAdmin):
+    """What is behind the host of a webhook's address may be all that protects it."""
+
+    @admin.display
+    def webhook(self, row: Any) -> str:
+        return origin(row.webhook_url)
+
+
+def origin(url: str) -> str:
+    """``https://hooks.example/…``: where it leads, and not what it says there."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/…" if url else "–"
+
+
 @admin.register(*event_models())
-class EventAdmin(ReadOnly):
+class EventAdmin(ReadOnly, WebhookOrigin):
     """The audit: who changed what, and when. Whoever may see a row may see what became of it."""
 
     list_display = ("when", "what", "row", "who", "changes")
-    readonly_fields = ("when", "what", "who", "url")
+    readonly_fields = ("when", "what", "who", "url", "webhook")
     ordering = ("-pgh_id",)
     list_per_page = 50
     show_full_result_count = False
@@ -90,7 +101,9 @@ class EventAdmin(ReadOnly):
         return tracked.has_view_permission(request)
 
     def get_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        return [*self.readonly_fields, *(field.name for field in self.kept())]
+        names = (field.name for field in self.kept())
+        shown = ("webhook" if name == "webhook_url" else name for name in names)
+        return ["when", "what", "who", "url", *shown]
 
     def kept(self) -> list[Any]:
         """The fields of the row."""
@@ -143,15 +156,16 @@ class EventAdmin(ReadOnly):
         if event.pgh_label != "update" or event.earlier is None:
             return "–"
         return "; ".join(
-            f"{field.verbose_name}: {readable(old)} → {readable(new)}"
+            f"{field.verbose_name}: {shown(old)} → {shown(new)}"
             for field in self.kept()
+            if (shown := origin if field.name == "webhook_url" else readable)
             if (old := getattr(event.earlier, field.attname))
             != (new := getattr(event, field.attname))
         )
 
 
 @admin.register(Tier)
-class TierAdmin(Audited):
+class TierAdmin(TierPreview, Audited):
     list_display = (
         "code",
         usd("usd_per_day"),
@@ -212,6 +226,49 @@ class AccountAdmin(Audited):
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
+
+
+@admin.register(AccountSettings)
+class AccountSettingsAdmin(Audited, ReadOnly, WebhookOrigin):
+    """What owners chose. It is theirs to change, and its history says who did."""
+
+    list_display = (
+        "account",
+        "preference",
+        "pacing",
+        "alert_emails",
+        "webhook",
+        "time_zone",
+        "theme",
+    )
+    list_filter = ("preference", "pacing")
+    search_fields = ("account__external_id",)
+    list_select_related = ("account",)
+    ordering = ("account__external_id",)
+    fields = list_display
+
+
+@admin.register(Alert)
+class AlertAdmin(ReadOnly):
+    """What owners were told outside of the pages, and whether it reached them."""
+
+    list_display = (
+        "raised_at",
+        "account",
+        "limit",
+        "level",
+        "mailed_at",
+        "posted_at",
+        "attempts",
+        "due_at",
+        "problem",
+    )
+    list_filter = ("limit", "level")
+    # Exactly: this finds an account's by index.
+    search_fields = ("account__external_id__exact",)
+    search_help_text = "A whole user id."
+    list_select_related = ("account",)
+    show_full_result_count = False
 
 
 @admin.register(Hold)

@@ -24,7 +24,8 @@ EMERGENCY_STOP = "emergency_stop"
 LEASE = timedelta(minutes=2)
 RETRY_AFTER = (timedelta(minutes=1), timedelta(minutes=10), timedelta(hours=1), timedelta(hours=6))
 
-# Who wants to be told, and can be. What was told at a level is not told at a lower one.
+# Who wants to be told, and can be: mails go to verified addresses alone, lest they tell a stranger
+# what somebody spends. What was told at a level is not told at a lower one.
 RAISE = f"""
 INSERT INTO billing_alert (account_id, "limit", window_start, level, problem)
 SELECT a.id, x.name, x.window_start, x.level, ''
@@ -45,7 +46,8 @@ FROM (
     WHERE account_id IS NOT NULL AND reset_at IS NULL AND tripped_at > now() - interval '1 day'
 ) x
 JOIN billing_account a ON a.id = x.account_id
-LEFT JOIN auth_user u ON u.id = a.user_id AND u.is_active AND u.email <> ''
+LEFT JOIN auth_user u ON u.id = a.user_id AND u.is_active AND EXISTS (
+    SELECT 1 FROM account_emailaddress e WHERE e.user_id = u.id AND e.verified)
 LEFT JOIN billing_accountsettings s ON s.account_id = a.id
 WHERE ((u.id IS NOT NULL AND COALESCE(s.alert_emails, true)) OR COALESCE(s.webhook_url, '') <> '')
     AND NOT EXISTS (

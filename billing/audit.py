@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 
 from django.db import connection, transaction
 
 from billing import budget_sql
 from billing.limits import WINDOWS
+from billing.money import plain
 
 CHARGED = "CASE WHEN h.own_key THEN 0 ELSE h.charged_usd END"
 HELD = "CASE WHEN h.state = 'open' AND NOT h.own_key THEN h.held_usd ELSE 0 END"
@@ -19,7 +21,7 @@ SELECT 'meter ' || %(window)s || ' of ' || a.external_id,
     m.{w}_tokens, s.tokens, m.{w}_tokens_held, s.tokens_held
 FROM billing_meter m JOIN billing_account a ON a.id = m.account_id
 CROSS JOIN LATERAL (
-    SELECT COALESCE(sum({charged}), 0) AS spent, COALESCE(sum({held}), 0) AS held,
+    SELECT COALESCE(sum({charged}), 0) + {corrected} AS spent, COALESCE(sum({held}), 0) AS held,
         count(*) AS requests, COALESCE(sum(h.charged_tokens), 0) AS tokens,
         COALESCE(sum(h.held_tokens) FILTER (WHERE h.state = 'open'), 0) AS tokens_held
     FROM billing_hold h
@@ -30,16 +32,28 @@ WHERE (m.{w}_usd_spent, m.{w}_usd_held, m.{w}_requests, m.{w}_tokens, m.{w}_toke
     IS DISTINCT FROM (s.spent, s.held, s.requests, s.tokens, s.tokens_held)
 """
 
+# In windows of whole hours: a correction counts in no minute.
+CORRECTED = """COALESCE((
+        SELECT sum(c.usd) FROM billing_correction c
+        WHERE c.account_id = m.account_id AND c.hour >= m.{w}_start
+            AND c.hour < m.{w}_start + ('1 ' || %(window)s)::interval), 0)"""
+
 ACCOUNT_HOURS = f"""
 SELECT 'hour ' || to_char(hour, 'YYYY-MM-DD HH24:00') || ' of ' || a.external_id,
     COALESCE(r.system_usd, 0), s.system_usd, COALESCE(r.own_usd, 0), s.own_usd,
     COALESCE(r.requests, 0), s.requests, COALESCE(r.tokens, 0), s.tokens
 FROM billing_accounthour r
 FULL JOIN (
-    SELECT h.account_id, date_trunc('hour', h.admitted_at, 'UTC') AS hour,
-        sum({CHARGED}) AS system_usd, sum(h.charged_usd - {CHARGED}) AS own_usd,
-        count(*) AS requests, sum(h.charged_tokens) AS tokens
-    FROM billing_hold h WHERE h.state <> 'open' GROUP BY 1, 2
+    SELECT account_id, hour, sum(system_usd) AS system_usd, sum(own_usd) AS own_usd,
+        sum(requests) AS requests, sum(tokens) AS tokens
+    FROM (
+        SELECT h.account_id, date_trunc('hour', h.admitted_at, 'UTC') AS hour,
+            {CHARGED} AS system_usd, h.charged_usd - {CHARGED} AS own_usd,
+            1 AS requests, h.charged_tokens AS tokens
+        FROM billing_hold h WHERE h.state <> 'open'
+        UNION ALL
+        SELECT account_id, hour, usd, 0, 0, 0 FROM billing_correction
+    ) r GROUP BY account_id, hour
 ) s USING (account_id, hour)
 JOIN billing_account a ON a.id = account_id
 WHERE (r.system_usd, r.own_usd, r.requests, r.tokens)
@@ -103,7 +117,15 @@ def find_drift() -> Iterator[Drift]:
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         queries: list[tuple[str, dict[str, str]]] = [
-            (METER.format(w=window, charged=CHARGED, held=HELD), {"window": window})
+            (
+                METER.format(
+                    w=window,
+                    charged=CHARGED,
+                    held=HELD,
+                    corrected="0" if window == "minute" else CORRECTED.format(w=window),
+                ),
+                {"window": window},
+            )
             for window in WINDOWS
         ]
         queries += [(BUDGETS.format(w=window), {"window": window}) for window in budget_sql.WINDOWS]
@@ -111,5 +133,7 @@ def find_drift() -> Iterator[Drift]:
         for sql, params in queries:
             cursor.execute(sql, params or None)
             for what, *values in cursor.fetchall():
-                numbers = [str(value) for value in values]
+                numbers = [
+                    plain(value) if isinstance(value, Decimal) else str(value) for value in values
+                ]
                 yield Drift(what, tuple(zip(numbers[::2], numbers[1::2], strict=True)))

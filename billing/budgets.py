@@ -69,21 +69,23 @@ def states_of(
     )
 
 
-def budgets_of(account_id: int) -> tuple[BudgetState, ...]:
-    """Every budget of an account as it stands now."""
+def budgets_of(account_id: int, at: datetime | None = None) -> tuple[BudgetState, ...]:
+    """Every budget of an account as it stands now, or at ``at``."""
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
-            SELECT r.id, now(), {budget_sql.counters("r")} FROM (
-                SELECT b.id, b.usd_per_day, b.usd_per_month, {budget_sql.rolled_over("b", "now()")}
-                FROM billing_budget b WHERE b.account_id = %s
+            SELECT r.id, r.at, {budget_sql.counters("r")} FROM (
+                SELECT b.id, b.usd_per_day, b.usd_per_month, c.at,
+                    {budget_sql.rolled_over("b", "c.at")}
+                FROM billing_budget b, (SELECT COALESCE(%s::timestamptz, now()) AS at) c
+                WHERE b.account_id = %s
             ) r
             """,
-            [account_id],
+            [at, account_id],
         )
         return tuple(
-            BudgetState.from_counters(budget_id, counters, at)
-            for budget_id, at, counters in cursor.fetchall()
+            BudgetState.from_counters(budget_id, counters, read_at)
+            for budget_id, read_at, counters in cursor.fetchall()
         )
 
 

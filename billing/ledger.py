@@ -1,4 +1,5 @@
 """The only writer of money: hold, settle, release, expire; emergency stops and their reset.
+Corrections by staff are in ``corrections.py``, under the same rules.
 
 Why it cannot overspend. A hold is one statement. It locks the account's meter row, rolls its
 windows over, compares ``spent + held + asked`` with every limit and, only if all hold, adds to
@@ -239,10 +240,13 @@ def _lock_trip(cursor: Any, whose: str, params: list[int]) -> bool:
 
 
 @transaction.atomic
-def reset_account_stop(account_id: int, *, by: str, reason: str) -> bool:
+def reset_account_stop(
+    account_id: int, *, by: str, reason: str, at: datetime | None = None
+) -> bool:
     """Let an account go on after its emergency stop; False if it was not stopped.
 
     What it has spent so far is acknowledged: it trips again after another threshold's worth.
+    ``at`` replaces the clock.
     """
     with connection.cursor() as cursor:
         if not _lock_trip(cursor, "account_id = %s", [account_id]):
@@ -259,9 +263,10 @@ def reset_account_stop(account_id: int, *, by: str, reason: str) -> bool:
             [account_id],
         )
         cursor.execute(
-            """UPDATE billing_breakertrip SET reset_at = now(), reset_by = %s, reset_reason = %s
+            """UPDATE billing_breakertrip
+            SET reset_at = COALESCE(%s, now()), reset_by = %s, reset_reason = %s
             WHERE account_id = %s AND reset_at IS NULL""",
-            [by, reason, account_id],
+            [at, by, reason, account_id],
         )
         return bool(cursor.rowcount)
 

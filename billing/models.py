@@ -11,6 +11,7 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pghistory
+import pgtrigger
 from django.conf import settings
 from django.contrib.postgres.fields import ArrayField
 from django.core.validators import MinValueValidator
@@ -98,6 +99,8 @@ class Account(models.Model):
         return getattr(self, "saved_settings", None) or AccountSettings(account=self)
 
 
+# The secret of its webhook is derived from the nonce.
+@pghistory.track(exclude=["webhook_nonce"])
 class AccountSettings(models.Model):
     """What an account's owner chose on the settings page; made when first saved."""
 
@@ -128,6 +131,12 @@ class AccountSettings(models.Model):
         max_length=32, blank=True, default="", help_text="The secret is derived from it."
     )
     theme = models.CharField(max_length=6, choices=Theme.choices, default=Theme.SYSTEM)
+
+    class Meta:
+        verbose_name = verbose_name_plural = "account settings"
+
+    def __str__(self) -> str:
+        return f"settings of account {self.account_id}"
 
     @property
     def zone(self) -> ZoneInfo:
@@ -212,7 +221,9 @@ class Hold(models.Model):
     charged_usd = UsdField(default=0)
     charged_tokens = models.BigIntegerField(default=0)
     overrun = models.BooleanField(default=False, help_text="Cost more than was held.")
-    unreported = models.BooleanField(default=False, help_text="Expired without a report.")
+    unreported = models.BooleanField(
+        default=False, help_text="Expired without a report, which may still come."
+    )
 
     idempotency_key = models.CharField(max_length=200, null=True)
     request_digest = models.BinaryField(null=True)
@@ -322,6 +333,50 @@ class SystemHour(models.Model):
     acknowledged_usd = UsdField(default=0)
 
 
+@pgtrigger.register(
+    pgtrigger.Protect(name="append_only", operation=pgtrigger.Update | pgtrigger.Delete)
+)
+class Correction(models.Model):
+    """What staff added to or took back from what an account was charged on system keys, and why.
+
+    It counts in the UTC hour (and its day) that it corrects, for good. Append-only: a correction
+    that was wrong is corrected by another one.
+    """
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    account = models.ForeignKey(
+        Account, on_delete=models.PROTECT, related_name="corrections", db_index=False
+    )
+    usd = UsdField(
+        "amount, USD", help_text="Below zero gives back what was charged, above zero charges more."
+    )
+    hour = models.DateTimeField(help_text="The UTC hour that it counts in.")
+    hold = models.ForeignKey(
+        Hold,
+        null=True,
+        on_delete=models.PROTECT,
+        related_name="corrections",
+        help_text="The request that it is about; empty: the hour as a whole.",
+    )
+    reason = models.CharField(max_length=1000, help_text="The account's owner can read it.")
+    by = models.CharField(max_length=200)
+    made_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ("-made_at",)
+        indexes = [models.Index(fields=("account", "hour"), name="correction_account_hour")]
+        constraints = [
+            models.CheckConstraint(condition=~Q(usd=0), name="correction_of_something"),
+            models.CheckConstraint(condition=Q(reason__regex=r"\S.+\S"), name="correction_reason"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.usd:+f} USD of {self.account} in {self.hour:%Y-%m-%d %H:00}"
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("Corrections are written by billing.ledger only.")
+
+
 @pghistory.track()
 class BreakerTrip(models.Model):
     """One emergency stop: what tripped, what it saw, who reset it and why. No row is deleted."""
@@ -387,3 +442,6 @@ class Alert(models.Model):
                 fields=("account", "limit", "window_start", "level"), name="alert_once"
             ),
         ]
+
+    def __str__(self) -> str:
+        return f"{self.limit} of {self.account} at {self.raised_at:%Y-%m-%d %H:%M}"

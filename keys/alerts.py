@@ -1,4 +1,5 @@
-"""Telling an account's owner: by e-mail, and by a webhook that proves who sends it.
+"""Telling an account's owner: by e-mail to a verified address, and by a webhook that proves who
+sends it.
 
 The secret of a webhook is derived from a nonce of its row and settings.TOKEN_KEY, so that the
 database holds nothing to sign with. The receiver computes HMAC-SHA256 of ``<t>.<body>`` and
@@ -17,6 +18,7 @@ from datetime import datetime
 from smtplib import SMTPException
 from typing import Any
 
+from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.core.mail import send_mail
 from django.utils import timezone
@@ -27,6 +29,16 @@ from keys import egress
 
 POST_SECONDS = 10.0
 SIGNATURE = "ModelSwapper-Signature"
+
+
+def address_of(account: Account | None) -> str | None:
+    """Where the owner's mails go: the primary one of the login's verified addresses, or another
+    verified one. None: none is, or the login is not active."""
+    if account is None or account.user is None or not account.user.is_active:
+        return None
+    verified = EmailAddress.objects.filter(user=account.user, verified=True)
+    found = verified.order_by("-primary", "pk").first()
+    return found.email if found else None
 
 
 def webhook_secret(chosen: AccountSettings) -> str:
@@ -80,10 +92,9 @@ def deliver(alert_id: int) -> None:
     if alert is None:
         return
     account, chosen, problems = alert.account, alert.account.settings, []
-    user = account.user
-    if chosen.alert_emails and user and user.is_active and user.email and not alert.mailed_at:
+    if chosen.alert_emails and not alert.mailed_at and (address := address_of(account)):
         try:
-            send_mail(headline(alert), text_of(alert), settings.DEFAULT_FROM_EMAIL, [user.email])
+            send_mail(headline(alert), text_of(alert), settings.DEFAULT_FROM_EMAIL, [address])
             alert.mailed_at = timezone.now()
         except (SMTPException, OSError) as error:
             problems.append(f"e-mail: {type(error).__name__}")

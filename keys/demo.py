@@ -34,6 +34,7 @@ SERVICE_SCOPES = (
 # The stand-in accepts any key, except one that says what is wrong with it.
 KEYS = {
     "openai": "sk-demo-EXAMPLE-000000000000000000001",
+    "anthropic": "sk-ant-demo-EXAMPLE-0000000000000003",
     "mistral": "demo-revoked-EXAMPLE-00000000000002",
 }
 

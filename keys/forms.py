@@ -142,11 +142,9 @@ class ReplaceForm(ServiceForm):
 
 
 class SettingsForm(ServiceForm):
-    """What is not the key itself; all but the name is the full config's."""
+    """What is not the key itself; all but its name and budget is the full config's."""
 
     FULL = (
-        "daily_budget_usd",
-        "monthly_budget_usd",
         "organization_id",
         "regions",
         "allowed_models",

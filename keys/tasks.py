@@ -33,11 +33,12 @@ def check_key(provider_id: str) -> None:
 
 @shared_task
 def tell_owners() -> int:
-    """Tell the owners of keys that do not work; those without an address see it on their page."""
+    """Tell the owners of keys that do not work; those without a verified address see it on their
+    page."""
     told = checks.untold(BATCH)
     for provider in told:
-        user = provider.account.user if provider.account else None
-        if user is None or not user.email:
+        address = alerts.address_of(provider.account)
+        if address is None:
             continue
         # An adopted row's name may have line breaks, which no subject has.
         name = " ".join(provider.name.split())
@@ -47,7 +48,7 @@ def tell_owners() -> int:
                 f"{provider.key_message}\n\nRequests do not use it until you replace it or it is"
                 " found to work again.",
                 settings.DEFAULT_FROM_EMAIL,
-                [user.email],
+                [address],
             )
         except Exception as error:
             # One owner's address keeps no other from being told.

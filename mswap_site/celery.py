@@ -11,6 +11,8 @@ from django.core.exceptions import ImproperlyConfigured
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mswap_site.settings")
 
 app = Celery("mswap")
+# For every thread: without it only the one that imports this finds its tasks on our broker.
+app.set_default()
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 

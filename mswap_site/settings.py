@@ -66,7 +66,7 @@ CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 ROOT_URLCONF = "mswap_site.urls"
 WSGI_APPLICATION = "mswap_site.wsgi.application"
 INSTALLED_APPS = [
-    "django.contrib.admin",
+    "mswap_site.admin_config.StaffAdminConfig",
     "django.contrib.humanize",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -131,6 +131,8 @@ LANGUAGE_CODE = "en-us"
 USE_I18N = False
 TIME_ZONE = "UTC"
 USE_TZ = True
+# In the admin; our pages say times in words.
+DATE_FORMAT, DATETIME_FORMAT = "Y-m-d", "Y-m-d H:i:s"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 STATICFILES_DIRS = [BASE_DIR / "static"]
@@ -298,6 +300,16 @@ CELERY_BEAT_SCHEDULE = {
         "task": "keys.tasks.tell_limits",
         "schedule": schedule(timedelta(seconds=15)),
         "options": {"expires": 30},
+    },
+    "heartbeat": {
+        "task": "mswap_site.tasks.heartbeat",
+        "schedule": schedule(timedelta(seconds=15)),
+        "options": {"expires": 15},
+    },
+    "check-ledger": {
+        "task": "mswap_site.tasks.check_ledger",
+        "schedule": schedule(timedelta(seconds=60)),
+        "options": {"expires": 60},
     },
 }
 

@@ -56,8 +56,11 @@ TIERS = ("MEOWTRIX", "BIGCHONK", "CLAWBACK", "LILBEAN", "FREE")
 TIER_SHARES = {"FREE": 62, "LILBEAN": 22, "CLAWBACK": 11, "BIGCHONK": 4, "MEOWTRIX": 1}
 # Who may keep own keys, and how many of their requests ask for them.
 OWN_KEY_TIERS, OWN_KEY_SHARE = ("CLAWBACK", "BIGCHONK", "MEOWTRIX"), 0.4
-# How strongly activity concentrates on few accounts: the n-th has weight 1/n^this.
+# How strongly activity concentrates on few accounts: the n-th has weight 1/n^this, times what its
+# tier asks compared with others. Five accounts, one of each, so keep within their hourly limits
+# at half a request a second.
 ZIPF_EXPONENT = 1.1
+TIER_ACTIVITY = {"FREE": 1, "LILBEAN": 3, "CLAWBACK": 8, "BIGCHONK": 12, "MEOWTRIX": 16}
 # A day in UTC hours: requests as a share of the day's average.
 DAY_CURVE = (
     *(0.55, 0.45, 0.38, 0.34, 0.34, 0.42, 0.60, 0.85, 1.15, 1.40, 1.50, 1.45),
@@ -127,7 +130,8 @@ class Options:
 
     ``rate`` is the average of requests a second where there is no trace, ``speed`` how many
     simulated seconds pass in one, ``duration`` real seconds and ``requests`` a number after
-    which no more are started (None: no such end), ``provider_timeout`` seconds.
+    which no more are started (None: no such end), ``provider_timeout`` seconds. ``linger``: answers
+    are streamed to who reads them, and reported up to so many seconds later.
     """
 
     url: str
@@ -142,6 +146,7 @@ class Options:
     requests: int | None = None
     duration: float | None = None
     provider_timeout: float = 10.0
+    linger: float = 0.0
 
 
 # --- Who, when and what --------------------------------------------------------------------
@@ -183,7 +188,12 @@ def trace_rows(path: Path) -> Iterator[tuple[float, int, int]]:
 def arrivals(options: Options, start: datetime) -> Iterator[Arrival]:
     """The requests in order of time: those of the trace, or without end of the usual shape."""
     rng = random.Random(f"arrivals/{options.seed}")
-    weights = list(accumulate((n + 1) ** -ZIPF_EXPONENT for n in range(len(options.accounts))))
+    weights = list(
+        accumulate(
+            TIER_ACTIVITY.get(account.tier, 1) * n**-ZIPF_EXPONENT
+            for n, account in enumerate(options.accounts, start=1)
+        )
+    )
     names = list(TASKS)
     shares = list(accumulate(shape.share for shape in TASKS.values()))
     # What a language model was traced for; an embedding generates nothing.
@@ -479,6 +489,8 @@ class Simulation:
                     key = await self._key_for(attempt.selection, candidate)
                     if await self._try(candidate, arrival, f"{tag}.{tried}", rng, key):
                         stats.succeeded += 1
+                        if self.options.linger:
+                            await self._wait(time.monotonic() + rng.random() * self.options.linger)
                         break
         finally:
             self._book(attempt, ledger)

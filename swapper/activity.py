@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from django import forms
 
 from swapper.days import Days
-from swapper.totals import Filters, UsageSum, by_day, sums_by
+from swapper.totals import EVERYTHING, Filters, UsageSum, by_day, correction_sums, sums_by
 
 PERIODS = (
     ("today", "Today"),
@@ -109,9 +109,14 @@ class Activity:
         return self.url(**{self.group: row_id, "group": finer})
 
     def sums(self, account_id: int) -> list[UsageSum]:
+        """The groups, and what staff corrected unless a filter leaves it out: it is of no model."""
         if self.group == "day":
-            return by_day(account_id, self.days, self.filters)
-        return sums_by(account_id, self.days.period, self.group, self.filters)
+            rows = by_day(account_id, self.days, self.filters)
+        else:
+            rows = sums_by(account_id, self.days.period, self.group, self.filters)
+        if self.filters in (EVERYTHING, Filters(own_key=False)):
+            rows += correction_sums(account_id, self.days.period)
+        return rows
 
 
 def days_of(period: str, data: dict[str, Any], at: datetime, zone: tzinfo) -> Days:

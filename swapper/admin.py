@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from django.contrib import admin
 from django.contrib.admin import ModelAdmin
 from django.contrib.admin.widgets import AdminTextInputWidget
-from django.db.models import TextField
+from django.db.models import QuerySet, TextField
 from django.http import HttpRequest
 
 from billing.admin import ReadOnly, usd
@@ -19,6 +19,19 @@ class OneLine(ModelAdmin):
     """The MSWAP tables have texts for names: one line is enough for them."""
 
     formfield_overrides: ClassVar = {TextField: {"widget": AdminTextInputWidget}}
+
+
+class PriceKnown(admin.SimpleListFilter):
+    title = "price"
+    parameter_name = "priced"
+
+    def lookups(self, request: HttpRequest, model_admin: ModelAdmin) -> list[tuple[str, str]]:
+        return [("yes", "known"), ("no", "unknown: not used")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet) -> QuerySet:
+        if self.value() is None:
+            return queryset
+        return queryset.filter(price__isnull=self.value() == "no")
 
 
 @admin.register(Model)
@@ -34,7 +47,7 @@ class ModelModelAdmin(OneLine):
         usd("reliability"),
         "avg_latency",
     )
-    list_filter = ("enabled", "provider__provider_type")
+    list_filter = ("enabled", PriceKnown, "provider__provider_type")
     list_editable = ("enabled",)
     list_select_related = ("provider", "price")
     search_fields = ("name",)

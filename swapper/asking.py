@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -20,7 +21,10 @@ from swapper.selection import Choice, Ranking
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """A request of ``caller``, whose row is one of context.ACCOUNT_CONTEXT with an account."""
+    """A request of ``caller``, whose row is one of context.ACCOUNT_CONTEXT with an account.
+
+    ``at`` replaces the database's clock, for history.
+    """
 
     caller: Caller
     request: SelectRequest
@@ -29,6 +33,7 @@ class Asking:
     limits: LimitStates
     idempotency_key: str | None
     digest: bytes | None
+    at: datetime | None = None
     hold_id: UUID = field(default_factory=uuid4)
 
     def query(self, **how: Any) -> selection.Query:
@@ -73,6 +78,7 @@ class Asking:
             idempotency_key=None if request.dry_run else self.idempotency_key,
             request_digest=self.digest,
             context=encoder.encode(stored).decode(),
+            at=self.at,
         )
 
     def refusal(self, refused: ledger.Refused, ranking: Ranking, choice: Choice) -> MswapError:

@@ -188,6 +188,8 @@ class UsageTotals(msgspec.Struct, kw_only=True):
     own_key_cost: Decimal = Decimal(0)
     requests: int = 0
     tokens: int = 0
+    # What of ``cost`` staff added or, below zero, gave back.
+    corrections: Decimal = Decimal(0)
 
 
 class UsageSummary(msgspec.Struct, kw_only=True):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, ClassVar
+from uuid import UUID
 
 from rest_framework.request import Request
 
@@ -25,28 +27,31 @@ TIER_AND_COUNTERS = f"""
     COALESCE(o.preference, 'balanced') AS preference, COALESCE(o.pacing, false) AS pacing,
     {counters_array("s")} AS counters
 """
-METER = f"""
-    JOIN billing_meter m ON m.account_id = a.id
-    JOIN LATERAL (
-        SELECT r.at, {", ".join(f"t.{limit.name}" for limit in LIMITS)}, {rolled_over("r")}
-        FROM (SELECT m.*, GREATEST(now(), m.minute_start) AS at) r
-    ) s ON true
-"""
 
-# Both may refer to the row `k`, whose account_id is NULL for a service token.
-ACCOUNT_CONTEXT = f"""
+
+def account_context(clock: str) -> str:
+    """The account with what stands there at ``clock`` (SQL of a time)."""
+    return f"""
     SELECT {TIER_AND_COUNTERS},
         h.id AS hold_id, h.request_digest, h.context::text AS hold_context,
         h.counters AS hold_counters, h.held_usd, h.admitted_at, h.expires_at
     FROM billing_account a
     {EFFECTIVE_TIER}
-    {METER}
+    JOIN billing_meter m ON m.account_id = a.id
+    JOIN LATERAL (
+        SELECT r.at, {", ".join(f"t.{limit.name}" for limit in LIMITS)}, {rolled_over("r")}
+        FROM (SELECT m.*, GREATEST({clock}, m.minute_start) AS at) r
+    ) s ON true
     LEFT JOIN billing_accountsettings o ON o.account_id = a.id
     LEFT JOIN billing_hold h
         ON h.account_id = a.id AND h.idempotency_key = %(idempotency_key)s::text
     WHERE a.id = COALESCE(k.account_id,
         (SELECT id FROM billing_account WHERE external_id = %(user_id)s::text))
 """
+
+
+# Both may refer to the row `k`, whose account_id is NULL for a service token.
+ACCOUNT_CONTEXT = account_context("now()")
 HOLD_CONTEXT = """
     SELECT a.id AS account_id, a.external_id, a.tier_id,
         h.id AS hold_id, h.state, h.unreported, h.overrun, h.report_digest, h.charged_usd,
@@ -118,10 +123,20 @@ def named_account(params: Mapping[str, Any]) -> dict[str, Any]:
 
 ACCOUNT_ROW = Statement(
     "SELECT c.* FROM (SELECT %(account)s::bigint AS account_id) k"
-    f" JOIN LATERAL ({ACCOUNT_CONTEXT}) c ON true"
+    f" JOIN LATERAL ({account_context('COALESCE(%(at)s::timestamptz, now())')}) c ON true"
+)
+HOLD_ROW = Statement(
+    "SELECT c.* FROM (SELECT %(account)s::bigint AS account_id) k"
+    f" JOIN LATERAL ({HOLD_CONTEXT}) c ON true"
 )
 
 
-def account_row(account_id: int) -> Any:
-    """The row of ACCOUNT_CONTEXT for an account, for pages."""
-    return ACCOUNT_ROW.one({**named_account({}), "account": account_id}, retry=True)
+def account_row(account_id: int, at: datetime | None = None) -> Any:
+    """The row of ACCOUNT_CONTEXT for an account, now or as of ``at``: for pages, and history."""
+    asked = {**named_account({}), "account": account_id, "at": at}
+    return ACCOUNT_ROW.one(asked, retry=True)
+
+
+def hold_row(account_id: int, request_id: UUID | str) -> Any:
+    """The row of HOLD_CONTEXT for one of the account's selections; None: there is none."""
+    return HOLD_ROW.one({"account": account_id, "request_id": request_id}, retry=True)

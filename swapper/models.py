@@ -135,6 +135,12 @@ class Provider(models.Model):
                 fields=("id",), condition=Q(account__isnull=True), name="providers_system"
             ),
             models.Index(fields=("key_check_due_at",), name="providers_key_check_due"),
+            # Staff see which keys fail; few of many do.
+            models.Index(
+                fields=("key_state",),
+                condition=Q(key_state__in=UNUSABLE_KEY, deleted_at__isnull=True),
+                name="providers_unusable_key",
+            ),
         ]
 
     def __str__(self) -> str:

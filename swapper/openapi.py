@@ -30,6 +30,14 @@ from swapper.messages import MeChange, SelectRequest, UsageReport
 JSON = "application/json"
 CSV = "text/csv"
 
+SignedUsd = Annotated[
+    str,
+    Meta(
+        pattern=r"^-?\d+(\.\d{1,10})?$",
+        description="USD: an exact decimal, also below zero.",
+        examples=["-0.0042"],
+    ),
+]
 Usd = Annotated[
     str,
     Meta(
@@ -199,6 +207,10 @@ class PeriodTotal(Answer):
     own_key_cost: Annotated[Usd, Meta(description="On the account's own keys, USD.")]
     requests: Count
     tokens: Count
+    corrections: Annotated[
+        SignedUsd,
+        Meta(description="What of `cost` staff added or, below zero, gave back: in no `by`."),
+    ]
     since: Moment = msgspec.field(name="from")
 
 

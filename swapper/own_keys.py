@@ -60,7 +60,7 @@ class OwnKeys:
     @classmethod
     def read(cls, account_id: int, at: datetime, *, full_config: bool) -> OwnKeys:
         """``full_config``: the tier may use addresses of its own (SPEC section 3)."""
-        budgets = budgets_by_id(account_id)
+        budgets = budgets_by_id(account_id, at)
         providers = {
             str(provider.pk): provider
             for provider in Provider.objects.filter(
@@ -100,9 +100,9 @@ class OwnKeys:
         ]
 
 
-def budgets_by_id(account_id: int) -> dict[str, BudgetState]:
-    """Every budget of the account, all as of one moment."""
-    return {str(budget.id): budget for budget in budgets_of(account_id)}
+def budgets_by_id(account_id: int, at: datetime | None = None) -> dict[str, BudgetState]:
+    """Every budget of the account, all as of one moment: now, or ``at``."""
+    return {str(budget.id): budget for budget in budgets_of(account_id, at)}
 
 
 def notices(account_id: int) -> list[dict[str, Any]]:
@@ -205,7 +205,7 @@ def hold_on_budgets(asking: Asking, own: OwnKeys, ranking: Ranking) -> dict[str,
             raise asking.refusal(result, ranking, choice)
         if not fitting:
             raise CannotServe(budget_refusal(result, ranking, choice))
-        budgets = budgets_by_id(asking.caller.row.account_id)
+        budgets = budgets_by_id(asking.caller.row.account_id, asking.at)
     raise Unavailable("Too many requests want these budgets at once. Nothing was held; try again.")
 
 

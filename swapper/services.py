@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -36,10 +37,16 @@ class Selected:
     replayed: bool
 
 
-def select_model(caller: Caller, request: SelectRequest, idempotency_key: str | None) -> Selected:
+def select_model(
+    caller: Caller,
+    request: SelectRequest,
+    idempotency_key: str | None,
+    at: datetime | None = None,
+) -> Selected:
     """Choose a model for ``request`` and hold its cost.
 
-    ``caller.row`` is a row of context.ACCOUNT_CONTEXT with an account. Raises the MswapErrors of
+    ``caller.row`` is a row of context.ACCOUNT_CONTEXT with an account; ``at`` replaces the clock
+    (history), and the row is then one as of it. Raises the MswapErrors of
     SPEC section 5, and ledger.DuplicateKey where a request with the same key got its hold after
     that row was read; after any of them nothing is held.
     """
@@ -56,7 +63,7 @@ def select_model(caller: Caller, request: SelectRequest, idempotency_key: str | 
             tiers=list(snapshot.tiers),
         )
     asking = Asking(
-        caller, request, task, snapshot, caller.limits(), idempotency_key, request_digest
+        caller, request, task, snapshot, caller.limits(), idempotency_key, request_digest, at
     )
     answer = select_with_own_keys(asking) if request.use_user_keys else select_system(asking)
     return Selected(answer, replayed=False)

@@ -1,4 +1,7 @@
-"""Spending on system keys over time, stacked by model: what the charts and their tables show."""
+"""Spending on system keys over time, stacked by model: what the charts and their tables show.
+
+What staff corrected is a series of its own, so that the bars add up to the account's totals.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from swapper.days import Days, Period
 # As many models as have a colour of their own; the others are one series.
 SERIES = 5
 OTHER = "Other models"
+CORRECTIONS = "Corrections"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,13 @@ def _stacked(
             JOIN providers p ON p.id = m.provider_id
             WHERE u.account_id = %s AND u.hour >= %s AND u.hour < %s AND NOT u.own_key
             GROUP BY 1, 2, 3, 4
+            UNION ALL
+            SELECT width_bucket(c.hour, %s::timestamptz[]), NULL, '', '', sum(c.usd)
+            FROM billing_correction c
+            WHERE c.account_id = %s AND c.hour >= %s AND c.hour < %s
+            GROUP BY 1
             """,
-            [list(starts), account_id, period.start, period.end],
+            [list(starts), account_id, period.start, period.end] * 2,
         )
         found = cursor.fetchall()
     by_model: dict[object, dict[int, Decimal]] = defaultdict(dict)
@@ -85,6 +94,8 @@ def _stacked(
     for bucket, model_id, name, provider, usd in found:
         by_model[model_id][bucket] = usd
         names[model_id] = (name, provider)
+    # Of no model, and last: below zero where something was given back.
+    corrected = by_model.pop(None, {})
     dearest = sorted(by_model, key=lambda key: (-sum(by_model[key].values(), ZERO), names[key]))
     shown, rest = dearest[:SERIES], dearest[SERIES:]
     twice = Counter(names[key][0] for key in shown)
@@ -97,5 +108,8 @@ def _stacked(
         cells = [by_model[key].get(bucket, ZERO) for key in shown]
         if rest:
             cells.append(sum((by_model[key].get(bucket, ZERO) for key in rest), ZERO))
+        if corrected:
+            cells.append(corrected.get(bucket, ZERO))
         rows.append(Row(label, tuple(cells)))
-    return Spending(tuple(series + [OTHER] * bool(rest)), tuple(rows))
+    series += [OTHER] * bool(rest) + [CORRECTIONS] * bool(corrected)
+    return Spending(tuple(series), tuple(rows))

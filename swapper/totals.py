@@ -11,8 +11,10 @@ from typing import Any
 from uuid import UUID
 
 from django.db import connection
+from django.db.models import QuerySet, Sum
 
 from billing.limits import window_start
+from billing.models import Correction
 from billing.money import ZERO, plain
 from mswap_site.errors import Invalid
 from swapper.days import Days, Period
@@ -76,19 +78,24 @@ def _moment(text: str, field: str, *, end_of_day: bool = False) -> datetime:
 
 
 def totals(account_id: int, now: datetime) -> dict[str, dict[str, Any]]:
-    """What was charged this hour, today and this month (UTC), by hour of admission."""
+    """What was charged this hour, today and this month (UTC), by hour of admission.
+
+    ``cost`` includes ``corrections``, which are of no model: the groups don't have them.
+    """
     hour, day = window_start("hour", now), window_start("day", now)
     month = day.replace(day=1)
     with connection.cursor() as cursor:
         cursor.execute(
             """
             SELECT w.name, COALESCE(sum(h.system_usd), 0), COALESCE(sum(h.own_usd), 0),
-                COALESCE(sum(h.requests), 0), COALESCE(sum(h.tokens), 0)
+                COALESCE(sum(h.requests), 0), COALESCE(sum(h.tokens), 0),
+                COALESCE((SELECT sum(c.usd) FROM billing_correction c
+                    WHERE c.account_id = %s AND c.hour >= w.start), 0)
             FROM (VALUES ('hour', %s), ('today', %s), ('month', %s)) w(name, start)
             LEFT JOIN billing_accounthour h ON h.account_id = %s AND h.hour >= w.start
-            GROUP BY w.name
+            GROUP BY w.name, w.start
             """,
-            [hour, day, month, account_id],
+            [account_id, hour, day, month, account_id],
         )
         return {
             name: {
@@ -96,9 +103,10 @@ def totals(account_id: int, now: datetime) -> dict[str, dict[str, Any]]:
                 "own_key_cost": plain(own),
                 "requests": int(requests),
                 "tokens": int(tokens),
+                "corrections": plain(corrections),
                 "from": {"hour": hour, "today": day, "month": month}[name],
             }
-            for name, system, own, requests, tokens in cursor.fetchall()
+            for name, system, own, requests, tokens, corrections in cursor.fetchall()
         }
 
 
@@ -216,6 +224,18 @@ def by_day(
     ]
 
 
+def corrections_in(account_id: int, period: Period) -> QuerySet[Correction]:
+    return Correction.objects.filter(
+        account_id=account_id, hour__gte=period.start, hour__lt=period.end
+    )
+
+
+def correction_sums(account_id: int, period: Period) -> list[UsageSum]:
+    """What staff corrected, as a group of its own; none where that is nothing."""
+    usd = corrections_in(account_id, period).aggregate(usd=Sum("usd"))["usd"]
+    return [UsageSum(None, "Corrections", cost=usd)] if usd else []
+
+
 def _sums(
     account_id: int, period: Period, columns: str, filters: Filters, **params: Any
 ) -> list[UsageSum]:
@@ -289,8 +309,7 @@ def _cell(value: Any) -> Any:
 def grouped_lines(sums: Iterable[UsageSum], group_by: str) -> Iterator[str]:
     """Groups as CSV."""
     rows = (
-        [row["name"], row["id"], *(row[column] for column in COLUMNS)]
-        for row in (group.as_json() for group in sums)
+        [group.name, group.id, *(getattr(group, column) for column in COLUMNS)] for group in sums
     )
     return csv_lines([group_by, "id", *COLUMNS], rows)
 

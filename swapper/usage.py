@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -101,11 +102,14 @@ calls AS MATERIALIZED (
 )
 
 
-def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
+def report_usage(
+    row: Any, report: UsageReport, at: datetime | None = None
+) -> tuple[dict[str, Any], bool]:
     """Charge what a selection really cost; return the answer and whether it is a repetition.
 
-    ``row`` is a row of context.HOLD_CONTEXT. Raises NotFound, Invalid (a model that is not
-    known), Conflict (another report came first); after any of them nothing was changed.
+    ``row`` is a row of context.HOLD_CONTEXT; ``at`` replaces the clock (history). Raises
+    NotFound, Invalid (a model that is not known), Conflict (another report came first); after any
+    of them nothing was changed.
     """
     if row.hold_id is None:
         raise NotFound("There is no such request_id, or it is not yours.")
@@ -127,6 +131,7 @@ def report_usage(row: Any, report: UsageReport) -> tuple[dict[str, Any], bool]:
         spent_by=spent_by_provider(calls) if row.own_key else None,
         tokens=sum(call["prompt_tokens"] + call["completion_tokens"] for call in calls),
         report_digest=digest,
+        at=at,
         statements=END_AND_RECORD,
         record={"calls": as_recordset(calls), "user_id": row.external_id},
     )
@@ -223,6 +228,11 @@ def outside_the_chain(model_id: str, stored: Stored, row: Any) -> tuple[int, str
 
 def repeated(row: Any, digest: bytes) -> dict[str, Any]:
     """The answer that the first report got. Raises Conflict for another report."""
+    if row.state == Hold.State.EXPIRED:
+        raise Conflict(
+            "Nobody reported this request in time, and its charge was corrected since.",
+            code="already_reported",
+        )
     if bytes(row.report_digest or b"") != digest:
         raise Conflict(
             "This request was already reported, with other content.", code="already_reported"
@@ -270,7 +280,7 @@ def expire_overdue(limit: int = 500) -> int:
             return ended
 
 
-def expire(hold: Hold) -> bool:
+def expire(hold: Hold, at: datetime | None = None) -> bool:
     """Charge an overdue hold; False if something else ended it first."""
     try:
         record = {
@@ -281,6 +291,7 @@ def expire(hold: Hold) -> bool:
             hold.pk,
             hold.account_id,
             own_key=hold.own_key,
+            at=at,
             statements=END_AND_RECORD,
             record=record,
         )
@@ -288,7 +299,7 @@ def expire(hold: Hold) -> bool:
         # Its model is gone, say. The money, and every hold after this one, must not wait for a
         # log row that can't be written.
         logger.exception("hold %s expires without a row in usage_logs", hold.pk)
-        ended = ledger.expire(hold.pk, hold.account_id, own_key=hold.own_key)
+        ended = ledger.expire(hold.pk, hold.account_id, own_key=hold.own_key, at=at)
     return ended is not None
 
 

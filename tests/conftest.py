@@ -22,6 +22,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
+from allauth.account.models import EmailAddress
 from django.apps import apps
 from django.contrib.auth.models import User
 from django.db import connection, transaction
@@ -100,6 +101,15 @@ def make_account(name: str) -> Account:
     account.user = User.objects.create(username=name)
     account.save(update_fields=["user"])
     return account
+
+
+def give_address(account: Account, email: str, *, verified: bool = True) -> EmailAddress:
+    """The address of the account's login, its only one."""
+    edit(account.user, email=email)
+    EmailAddress.objects.filter(user=account.user).delete()
+    return EmailAddress.objects.create(
+        user=account.user, email=email, verified=verified, primary=True
+    )
 
 
 @pytest.fixture

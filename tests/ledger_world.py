@@ -39,7 +39,7 @@ AT = datetime(2040, 5, 17, 10, 20, 30, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 TABLES = (
     "billing_account billing_tier billing_meter billing_hold billing_accounthour"
-    " billing_systemhour billing_breakertrip billing_budget billing_claim"
+    " billing_systemhour billing_breakertrip billing_budget billing_claim billing_correction"
     " usage_logs swapper_usagehour"
 ).split()
 

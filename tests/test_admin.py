@@ -7,16 +7,29 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from allauth.account.models import EmailAddress
+from allauth.mfa.models import Authenticator
+from allauth.socialaccount.models import SocialAccount, SocialApp, SocialToken
 from django.apps import apps
 from django.contrib import admin
 from django.contrib.admin.models import LogEntry
-from django.contrib.auth.models import Permission, User
+from django.contrib.auth.models import Group, Permission, User
 from django.db.models.signals import pre_save
 from django.test import Client
 from django.urls import reverse
+from django.utils import timezone
 
 from billing import ledger
-from billing.models import Account, BreakerTrip, Budget, Hold, Meter, Tier
+from billing.models import (
+    Account,
+    AccountSettings,
+    Alert,
+    BreakerTrip,
+    Budget,
+    Hold,
+    Meter,
+    Tier,
+)
 from keys import crypto
 from keys.models import AccessToken, Lending
 from swapper.catalogue import catalogue
@@ -24,10 +37,21 @@ from swapper.models import KeyState, Model, Provider, UsageLog
 from tests.conftest import Caller, Shelf, make_provider
 
 CANARY = "sk-example-canary-0000000000000001"
+# No page may show any of these. A key is stored sealed, and a token as its digest.
+SECRETS = {
+    "key": CANARY,
+    "sealed key": "mswap:1:",
+    "webhook nonce": "canary0000000000000000000nonce",
+    "webhook address": "canary-in-the-path",
+    "TOTP secret": "CANARYTOTPSECRET",
+    "passkey": "canary-credential",
+    "recovery seed": "canary-seed",
+    "what another site said": "canary-claim",
+    "password": "canary$salt$canary-hash",
+}
+# Every model of the admin: a new one needs a row in ``one_of_each``.
 PAGES = sorted(
-    f"{model._meta.app_label}_{model._meta.model_name}"
-    for model in admin.site._registry
-    if model._meta.app_label in ("billing", "swapper", "keys")
+    f"{model._meta.app_label}_{model._meta.model_name}" for model in admin.site._registry
 )
 
 
@@ -56,6 +80,34 @@ def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
         token=AccessToken.objects.get(),
     )
     trip(alice)
+    AccountSettings.objects.create(
+        account=alice,
+        webhook_url=f"https://hooks.example/{SECRETS['webhook address']}",
+        webhook_nonce=SECRETS["webhook nonce"],
+    )
+    AccountSettings.objects.update(webhook_url=f"https://b.example/{SECRETS['webhook address']}")
+    Alert.objects.create(
+        account=alice, limit="usd_per_day", level=1, window_start=timezone.now(), problem="late"
+    )
+    user = alice.user
+    assert user is not None
+    user.password = SECRETS["password"]
+    user.save()
+    Group.objects.create(name="clerks")
+    EmailAddress.objects.create(user=user, email="alice@example.test")
+    Types = Authenticator.Type
+    for kind, data in {
+        Types.TOTP: {"secret": SECRETS["TOTP secret"]},
+        Types.RECOVERY_CODES: {"seed": SECRETS["recovery seed"], "used_mask": 0},
+        Types.WEBAUTHN: {"name": "phone", "credential": {"id": SECRETS["passkey"]}},
+    }.items():
+        Authenticator.objects.create(user=user, type=kind, data=data)
+    SocialAccount.objects.create(
+        user=user,
+        provider="chatchonk",
+        uid="alice",
+        extra_data={"userinfo": {"sub": "alice", "x": SECRETS["what another site said"]}},
+    )
 
 
 def page_of(row: Any) -> str:
@@ -78,21 +130,74 @@ def trip(account: Account) -> BreakerTrip:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_list_and_row_opens_and_shows_no_key(
+def test_every_list_and_row_opens_and_shows_no_secret(
     page: str, browser: Client, one_of_each: None
 ) -> None:
-    listing = browser.get(reverse(f"admin:{page}_changelist"))
-    assert listing.status_code == 200
-    row = apps.get_model(page.replace("_", ".")).objects.first()
-    assert row is not None
-    detail = browser.get(reverse(f"admin:{page}_change", args=[row.pk]))
-    assert detail.status_code == 200
-    shown = listing.content + detail.content
-    assert CANARY.encode() not in shown
-    assert b"mswap:1:" not in shown  # nor its ciphertext
+    answers = [browser.get(reverse(f"admin:{page}_changelist"))]
+    rows = apps.get_model(page.replace("_", ".")).objects.all()
+    assert rows
+    for row in rows[:10]:
+        for name in ("change", "history", "delete"):
+            address = reverse(f"admin:{page}_{name}", args=[row.pk])
+            answer = browser.get(address, follow=True)
+            assert answer.status_code == 200 or (name, answer.status_code) == ("delete", 403)
+            answers.append(answer)
+    shown = "".join(answer.content.decode() for answer in answers)
+    assert [what for what, secret in SECRETS.items() if secret in shown] == []
 
 
-@pytest.mark.parametrize("model", [Hold, UsageLog, BreakerTrip, Budget, Lending])
+def test_control_the_secrets_are_stored(one_of_each: None) -> None:
+    stored = "".join(
+        str(list(rows.values()))
+        for rows in (
+            Provider.objects.all(),
+            AccountSettings.objects.all(),
+            Authenticator.objects.all(),
+            SocialAccount.objects.all(),
+            User.objects.all(),
+        )
+    )
+    assert [what for what, secret in SECRETS.items() if secret not in stored] == ["key"]
+
+
+def test_the_admin_offers_no_page_of_tokens_and_secrets_of_other_sites() -> None:
+    assert {SocialApp, SocialToken}.isdisjoint(admin.site._registry)
+
+
+def test_staff_remove_a_lost_second_factor_and_can_not_make_one(
+    browser: Client, one_of_each: None
+) -> None:
+    lost = Authenticator.objects.get(type=Authenticator.Type.TOTP)
+    assert browser.get(reverse("admin:mfa_authenticator_add")).status_code == 403
+    assert (
+        browser.post(reverse("admin:mfa_authenticator_change", args=[lost.pk])).status_code == 403
+    )
+    gone = browser.post(reverse("admin:mfa_authenticator_delete", args=[lost.pk]), {"post": "yes"})
+    assert gone.status_code == 302
+    assert not Authenticator.objects.filter(pk=lost.pk).exists()
+
+
+def test_what_an_owner_chose_is_audited_and_not_for_staff_to_change(
+    alice: Account, browser: Client, one_of_each: None
+) -> None:
+    chosen = AccountSettings.objects.get()
+    assert browser.post(page_of(chosen), {"theme": "dark"}).status_code == 403
+    assert alice.user is not None
+    owner = Client()
+    owner.force_login(alice.user)
+    kept = {"time_zone": "UTC", "preference": "cheaper", "theme": "system"}
+    assert owner.post(reverse("settings"), kept).status_code == 302
+    page = browser.get(
+        reverse("admin:billing_accountsettings_history", args=[chosen.pk]), follow=True
+    ).content.decode()
+    assert "preference: balanced → cheaper" in page
+    assert "webhook url: https://hooks.example/… → https://b.example/…" in page
+    event = AccountSettings.pgh_event_model.objects.latest("pgh_id")  # type: ignore[attr-defined]
+    assert event.pgh_context["username"] == "alice"
+    assert not hasattr(event, "webhook_nonce")
+
+
+@pytest.mark.parametrize("model", [Hold, UsageLog, BreakerTrip, Budget, Lending, Alert])
 def test_what_the_ledger_wrote_can_not_be_edited_or_deleted(
     model: type[Hold], browser: Client, one_of_each: None
 ) -> None:

@@ -22,7 +22,7 @@ from django.utils import timezone
 from pghistory.core import event_models
 
 from billing import ledger
-from billing.models import Account, BreakerTrip, Hold, Tier
+from billing.models import Account, AccountSettings, BreakerTrip, Hold, Tier
 from billing.sql import Statement
 from keys import crypto
 from keys.models import AccessToken, Lending
@@ -158,13 +158,17 @@ def test_triggers_find_the_setting_that_they_look_for(db: None) -> None:
 
 def test_what_was_there_before_the_audit_is_its_baseline(rows: dict[str, Any]) -> None:
     tripped = trip(rows["account"])
-    for table in ("billing_tierevent", "billing_accountevent", "billing_breakertripevent"):
-        sql(f"TRUNCATE {table}")
-    sql("TRUNCATE swapper_providerevent")
-    for migration in ("billing.migrations.0004_audit", "swapper.migrations.0005_audit"):
+    chosen = AccountSettings.objects.create(account=rows["account"], webhook_nonce="nonce")
+    for model in EVENTS:
+        sql(f"TRUNCATE {model._meta.db_table}")
+    for migration in (
+        "billing.migrations.0004_audit",
+        "billing.migrations.0007_audit_settings",
+        "swapper.migrations.0005_audit",
+    ):
         with connection.schema_editor() as editor:
             importlib.import_module(migration).write_baseline(apps, editor)
-    for row in (*rows.values(), tripped):
+    for row in (*rows.values(), tripped, chosen):
         [baseline] = events(row)
         assert baseline.pgh_label == "baseline"
         for field in baseline._meta.fields:
@@ -179,6 +183,7 @@ def test_what_was_there_before_the_audit_is_its_baseline(rows: dict[str, Any]) -
 @pytest.mark.parametrize("model", EVENTS, ids=lambda model: model.__name__)
 def test_an_event_can_not_be_changed_or_deleted(model: Any, rows: dict[str, Any]) -> None:
     trip(rows["account"])
+    AccountSettings.objects.create(account=rows["account"])
     event = model.objects.first()
     attempts: list[Callable[[], Any]] = [
         event.save,

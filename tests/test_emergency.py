@@ -31,7 +31,7 @@ from tests.ledger_world import (
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-STAFF = {"by": "staff", "reason": "a test run of a customer"}
+STAFF: Any = {"by": "staff", "reason": "a test run of a customer"}
 HOUR_OF_AT = AT.replace(minute=0, second=0)
 
 

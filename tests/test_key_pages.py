@@ -294,7 +294,7 @@ def test_below_the_full_config_it_is_locked_with_the_tiers_name(alice: Account):
     browser, provider = browser_of(alice), own_key(alice)
     page = browser.get(url("key", provider))
     assert "BIGCHONK and above" in text(page)
-    assert "daily_budget_usd" not in page.content.decode()
+    assert "allowed_models" not in page.content.decode()
     page = browser.get(url("key_add"))
     assert "From BIGCHONK up" in text(page)
     assert 'name="base_url"' not in page.content.decode()
@@ -302,16 +302,23 @@ def test_below_the_full_config_it_is_locked_with_the_tiers_name(alice: Account):
 
 def test_below_the_full_config_its_fields_change_nothing(alice: Account):
     browser, provider = browser_of(alice), own_key(alice)
-    sent = {"name": "Renamed", "daily_budget_usd": "5", "base_url": "https://elsewhere.example"}
+    sent = {"name": "Renamed", "allowed_models": "a", "base_url": "https://elsewhere.example"}
     assert browser.post(url("key", provider), sent).status_code == 302
     provider.refresh_from_db()
-    assert (provider.name, provider.base_url) == ("Renamed", None)
-    assert Budget.objects.get(pk=provider.pk).usd_per_day is None
+    assert (provider.name, provider.allowed_models, provider.base_url) == ("Renamed", [], None)
     model = make_model(provider, "a", None)
     address = url("key_model", provider, model)
     browser.htmx("post", address, {"prompt": "1", "completion": "1"})
     model.refresh_from_db()
     assert model.price is None
+
+
+def test_every_tier_with_own_keys_sets_a_budget(alice: Account):
+    browser, provider = browser_of(alice), own_key(alice)
+    assert "daily_budget_usd" in browser.get(url("key", provider)).content.decode()
+    sent = {"name": "Work", "daily_budget_usd": "5", "monthly_budget_usd": ""}
+    assert browser.post(url("key", provider), sent).status_code == 302
+    assert Budget.objects.get(pk=provider.pk).usd_per_day == 5
 
 
 def test_below_the_full_config_an_address_of_ones_own_is_refused(alice: Account):

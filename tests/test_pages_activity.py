@@ -276,15 +276,17 @@ def test_at_this_pace_names_the_limit_that_ends_first() -> None:
     kind = next(limit for limit in LIMITS if limit.name == "usd_per_hour")
     half_past = datetime(2026, 1, 1, 10, 30, tzinfo=UTC)
 
-    def reached(spent: str) -> datetime | None:
+    def reached(spent: str, limit: str = "10") -> datetime | None:
         state = LimitState(
-            kind, Decimal(10), Decimal(spent), Decimal(0), datetime(2026, 1, 1, 11, tzinfo=UTC)
+            kind, Decimal(limit), Decimal(spent), Decimal(0), datetime(2026, 1, 1, 11, tzinfo=UTC)
         )
         return pace_of(state, half_past).reached_at
 
     assert reached("4") is None
     assert reached("7.5") == datetime(2026, 1, 1, 10, 40, tzinfo=UTC)
     assert reached("0") is None
+    assert reached("5") is None
+    assert reached("0.0000000001", "1000000000") is None
 
 
 def test_htmx_gets_the_fragment_and_a_link_the_page(browser: Client) -> None:

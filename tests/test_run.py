@@ -31,6 +31,10 @@ def call(demo: dict[str, Any], path: str, body: dict[str, Any] | None = None) ->
         return json.load(answer)
 
 
+def requests_today(demo: dict[str, Any], name: str) -> int:
+    return int(call(demo, f"usage?user_id={name}")["totals"]["today"]["requests"])
+
+
 def wait_for(what: str, found: Callable[[], Any], seconds: float) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -53,7 +57,7 @@ def test_one_command_starts_everything_and_the_books_agree(open_folder: Path) ->
     log = open_folder / "run.log"
     with log.open("w") as output:
         run = subprocess.Popen(
-            [sys.executable, "manage.py", "run", "--port", str(port)],
+            [sys.executable, "manage.py", "run", "--port", str(port), "--history", "1"],
             cwd=ROOT,
             env=env,
             stdout=output,
@@ -72,6 +76,10 @@ def test_one_command_starts_everything_and_the_books_agree(open_folder: Path) ->
             "BIGCHONK",
             "MEOWTRIX",
         ]
+        spenders = [row["external_id"] for row in demo["accounts"]]
+        # What they have behind them; the traffic adds to it.
+        seeded = {name: requests_today(demo, name) for name in spenders}
+        assert all(seeded.values())
         asked = {"task_type": "summarization", "user_id": "newcomer", "estimated_tokens": 1500}
         selection = call(demo, "select-model", asked)
 
@@ -81,13 +89,9 @@ def test_one_command_starts_everything_and_the_books_agree(open_folder: Path) ->
 
         # Beat, broker and worker: the hold that nobody reported is charged.
         wait_for("the expiry of an unreported hold", charged, 40)
-        spenders = [row["external_id"] for row in demo["accounts"]]
         wait_for(
             "traffic",
-            lambda: any(
-                call(demo, f"usage?user_id={name}")["totals"]["today"]["requests"]
-                for name in spenders
-            ),
+            lambda: any(requests_today(demo, name) > seeded[name] for name in spenders),
             40,
         )
         wait_for(

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -28,6 +28,7 @@ from standin.provider import (
     listening,
 )
 from standin.traffic import (
+    TIERS,
     Account,
     Options,
     Simulation,
@@ -684,17 +685,22 @@ def test_the_usual_shape_is_seeded_skewed_and_follows_the_day() -> None:
     crowd = accounts_for([], 20, seed=1)
     options = Options(url="", token="", provider_url="", accounts=crowd, rate=5.0)
 
-    def first(seconds: float, hour: int, seed: int = 0) -> list[Any]:
+    def first(seconds: float, hour: int, **other: Any) -> list[Any]:
         start = datetime(2030, 1, 1, hour, tzinfo=UTC)
-        shaped = arrivals(Options(**{**vars(options), "seed": seed}), start)
+        shaped = arrivals(Options(**{**vars(options), **other}), start)
         return list(itertools.takewhile(lambda arrival: arrival.at < seconds, shaped))
 
     night, noon = first(3000, 3), first(3000, 14)
     assert night == first(3000, 3)
     assert night != first(3000, 3, seed=1)
     assert len(noon) > 2.5 * len(night)
-    by_account = [sum(a.account == account for a in noon) for account in crowd]
+    equals = [account for account in crowd if account.tier == "FREE"]
+    assert len(equals) > 10
+    by_account = [sum(a.account == account for a in noon) for account in equals]
     assert by_account[0] > 3 * by_account[10]
+    every_tier = [Account(tier, tier) for tier in TIERS]
+    busy = Counter(a.account.tier for a in first(3000, 14, accounts=every_tier))
+    assert [tier for tier, _ in busy.most_common()] == list(TIERS)
     assert len({arrival.task_type for arrival in noon}) == 15
     embeddings = [a for a in noon if a.task_type == "embedding"]
     assert all(arrival.completion_tokens == 0 for arrival in embeddings)

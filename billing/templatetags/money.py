@@ -21,7 +21,9 @@ def short_usd(usd: Decimal, rounding: str = ROUND_HALF_EVEN) -> str:
     """Dollars and cents; what is less than a cent but not nothing says so."""
     if usd == 0:
         return "$0"
-    if abs(usd) < CENT:
+    if usd < 0:
+        return f"−{short_usd(-usd)}"
+    if usd < CENT:
         return "<$0.01"
     rounded = usd.quantize(CENT, rounding)
     return f"${rounded:,.2f}"
@@ -32,7 +34,8 @@ def usd(value: Decimal | None) -> SafeString:
     """``value`` in short, exactly on hover."""
     if value is None:
         return SafeString("–")
-    return format_html('<span class="number" title="${}">{}</span>', plain(value), short_usd(value))
+    digits = f"−${plain(-value)}" if value < 0 else f"${plain(value)}"
+    return format_html('<span class="number" title="{}">{}</span>', digits, short_usd(value))
 
 
 @register.filter

@@ -54,7 +54,8 @@ class SettingsForm(forms.ModelForm):
             "preference": "It weighs twice as much in the choice, among models that can do it.",
             "pacing": "While you spend faster than the day passes, cheaper models come first."
             " Nothing is refused for it.",
-            "alert_emails": "Once per hour or day and level, and when an emergency stop trips.",
+            "alert_emails": "Once per hour or day and level, and when an emergency stop trips;"
+            " to a verified address.",
         }
 
     # Sections of the page, in order: heading, names of fields.

@@ -1,19 +1,21 @@
 // Draws the chart of each figure from the table beside it, and again when the table changes.
 "use strict";
 (() => {
-  const OTHER = "Other models";
+  const OTHER = "Other models", CORRECTIONS = "Corrections";
   const charts = new Map();
   const palette = new Map(); // a model has one colour in every chart
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const usd = (value) => {
     if (value === 0) return "$0";
+    if (value < 0) return "−" + usd(-value);
     if (Math.abs(value) < 0.01) return "$" + Number(value.toPrecision(2)).toString();
     return "$" + value.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
   };
-  const tick = (value) => "$" + value.toLocaleString("en-US", { maximumFractionDigits: 8 });
+  const tick = (value) => (value < 0 ? "−$" : "$") + Math.abs(value).toLocaleString("en-US", { maximumFractionDigits: 8 });
 
   function colour(label) {
     if (label === OTHER) return style("--series-other");
+    if (label === CORRECTIONS) return style("--soft");
     if (!palette.has(label)) palette.set(label, (palette.size % 5) + 1);
     return style(`--series-${palette.get(label)}`);
   }
@@ -50,7 +52,7 @@
         legend: { position: "bottom", align: "start",
                   labels: { color: ink, boxWidth: 10, boxHeight: 10, padding: 14 } },
         tooltip: {
-          filter: (item) => item.raw > 0,
+          filter: (item) => item.raw !== 0,
           itemSort: (a, b) => b.raw - a.raw,
           callbacks: {
             label: (item) => ` ${item.dataset.label}: ${usd(item.raw)}`,

@@ -13,6 +13,9 @@ from mswap_site.pages import AccountRequest, account_page
 from swapper import history, totals
 from swapper.activity import GROUPS, KEYS, PERIODS, Activity, ActivityForm
 
+# Of what staff corrected, the last ones are shown with their reasons.
+CORRECTIONS = 20
+
 
 def question(request: AccountRequest) -> tuple[ActivityForm, Activity]:
     form = ActivityForm(request.GET)
@@ -46,6 +49,7 @@ def activity(request: AccountRequest) -> HttpResponse:
             "form": form,
             "before": before,
             "rows": [(row, asked.deeper(row.id) if row.id else None) for row in sums],
+            "corrections": totals.corrections_in(account_id, period)[:CORRECTIONS],
             "total": totals.UsageSum.total(sums),
             "names": history.names_used(account_id, period),
             "periods": [(name, label, asked.url(period=name)) for name, label in PERIODS[:-1]],

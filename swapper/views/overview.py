@@ -46,9 +46,10 @@ def pace_of(state: LimitState, at: datetime) -> Pace:
     elapsed = at - (state.resets_at - LENGTHS[state.kind.window])
     if elapsed <= timedelta(0):
         return Pace(state, None)
-    left = elapsed * float(state.free / used)
-    reached = at + left if left < timedelta(days=2) else None
-    return Pace(state, reached if reached is not None and reached < state.resets_at else None)
+    # Compared before it is multiplied: millions of times a window are no length of time.
+    times = float(state.free / used)
+    in_time = times < (state.resets_at - at) / elapsed
+    return Pace(state, at + elapsed * times if in_time else None)
 
 
 def binding(limits: LimitStates, at: datetime) -> Pace | None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ from django.conf import settings
 from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from billing.models import Account
 from keys.demo import seed_demo
 from keys.startup import check_master_keys
 from standin.provider import base_url
@@ -32,8 +34,11 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--port", type=int, default=8000)
         parser.add_argument("--traffic", type=int, default=1, help="0: no stand-in traffic")
+        parser.add_argument(
+            "--history", type=int, default=30, help="days that the demo accounts have behind them"
+        )
 
-    def handle(self, *, port: int, traffic: int, **options: Any) -> None:
+    def handle(self, *, port: int, traffic: int, history: int, **options: Any) -> None:
         check_free(port)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         self.step("Migrating the database")
@@ -51,6 +56,16 @@ class Command(BaseCommand):
             provider_url = f"http://127.0.0.1:{free_port()}"
             children.start("provider", provider_command(provider_url))
             children.env |= at_stand_in(provider_url)
+            names = [account["external_id"] for account in demo["accounts"]]
+            # Once: a meter only rolls forward.
+            if history > 0 and Account.objects.filter(external_id__in=names, holds=None).exists():
+                wait_until_listening(provider_url, children)
+                self.step(f"Seeding {history} days of history (HISTORY=0: none)")
+                seed = [sys.executable, "manage.py", "seed_history", *names]
+                seed += ["--days", str(history)]
+                # The traffic compares its books with ours: what it did not ask must not end then.
+                seed += [] if traffic else ["--open-holds"]
+                children.run("seed_history", seed)
             children.start("web", web_command(port))
             worker = ["-A", "mswap_site", "worker", "--pool", "threads", "-c", "2"]
             quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
@@ -61,7 +76,8 @@ class Command(BaseCommand):
             self.tell(demo, url, demo_path, children.folder)
             if traffic:
                 simulate = [sys.executable, "manage.py", "simulate_traffic", "--forever"]
-                simulate += ["--rate", "4", "--provider-url", provider_url]
+                # Answers are read as they come, so that some holds are open at any time.
+                simulate += ["--rate", "0.5", "--linger", "20", "--provider-url", provider_url]
                 children.start("traffic", simulate, show=True)
             children.wait()
         except KeyboardInterrupt:
@@ -124,7 +140,7 @@ def provider_command(url: str) -> list[str]:
     port = url.rpartition(":")[2]
     return python(
         "standin.provider",
-        *("--port", port, "--fail-rate", "0.02", "--latency-scale", "0.2", "--hang-seconds", "60"),
+        *("--port", port, "--fail-rate", "0.02", "--latency-scale", "0.4", "--hang-seconds", "60"),
     )
 
 
@@ -158,6 +174,17 @@ def wait_until_ready(url: str, children: Children, seconds: float = 60) -> None:
     raise CommandError(f"The web server was not ready within {seconds:.0f} s; see its log.")
 
 
+def wait_until_listening(url: str, children: Children, seconds: float = 30) -> None:
+    host, _, port = url.removeprefix("http://").partition(":")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        children.check()
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(0.1)
+    raise CommandError(f"Nothing listens at {url} after {seconds:.0f} s.")
+
+
 class Children:
     """The processes that were started: they end together."""
 
@@ -183,6 +210,14 @@ class Children:
             # Its own group: Ctrl-C reaches this process alone, which ends the others in order.
             start_new_session=True,
         )
+
+    def run(self, name: str, command: list[str]) -> None:
+        """Run a process to its end, its output to the terminal. Raises CommandError if it fails."""
+        ended = subprocess.run(  # noqa: S603 (our own commands)
+            command, cwd=settings.BASE_DIR, env={**os.environ, **self.env}, check=False
+        )
+        if ended.returncode:
+            raise CommandError(f"{name} ended with code {ended.returncode}.")
 
     def check(self) -> None:
         """Raises CommandError when one has ended by itself."""

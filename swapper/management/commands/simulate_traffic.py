@@ -35,6 +35,9 @@ class Command(BaseCommand):
         parser.add_argument("--speed", type=float, default=1.0, help="simulated seconds a second")
         parser.add_argument("--fail-rate", type=float, default=0.02, help="of provider calls, 0–1")
         parser.add_argument("--latency-scale", type=float, default=0.2, help="of the provider")
+        parser.add_argument(
+            "--linger", type=float, default=0.0, help="seconds until a report, at most"
+        )
         parser.add_argument("--provider-url", help="a stand-in provider that runs already")
         parser.add_argument("--duration", type=float, help="seconds until no more are started")
         parser.add_argument("--requests", type=int, help="number until no more are started")
@@ -87,6 +90,7 @@ class Command(BaseCommand):
             rate=options["rate"],
             speed=options["speed"],
             seed=options["seed"],
+            linger=options["linger"],
             concurrency=options["concurrency"],
             requests=None if options["forever"] else requests,
             duration=None if options["forever"] else duration,

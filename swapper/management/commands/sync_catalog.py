@@ -7,6 +7,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandParser
 from tqdm import tqdm
 
+from mswap_site.models import LastRun
 from swapper.catalogue_sync import Report, seed_task_types, sync_catalogue
 from swapper.price_import import PROVIDER_TYPES, SOURCE
 
@@ -41,6 +42,8 @@ class Command(BaseCommand):
                 bar.set_postfix_str(report.provider_type)
                 bar.update()
                 reports.append(report)
+        if not options["dry_run"]:
+            LastRun.record(LastRun.Job.CATALOGUE_SYNC, source=SOURCE, providers=list(types))
         self.stdout.write(f"{SOURCE}{' (dry run: nothing written)' * options['dry_run']}")
         for report in reports:
             self._show(report)
