@@ -11,7 +11,8 @@ from decimal import Decimal
 from django.db import connection
 
 from billing.money import ZERO
-from swapper.days import Days, Period
+from swapper.days import Days
+from swapper.rollups import USAGE, usage_params
 
 # As many models as have a colour of their own; the others are one series.
 SERIES = 5
@@ -56,28 +57,28 @@ def by_hour(account_id: int, day: Days) -> Spending:
     labels = [
         f"{hour:%H:%M}" if seen[f"{hour:%H:%M}"] == 1 else f"{hour:%H:%M %Z}" for hour in local
     ]
-    return _stacked(account_id, day.period, hours, labels)
+    return _stacked(account_id, hours, day.period.end, labels)
 
 
 def by_day(account_id: int, days: Days) -> Spending:
     labels = [f"{day.day} {day:%b}" for day in days.dates]
-    return _stacked(account_id, days.period, days.starts, labels)
+    return _stacked(account_id, days.starts, days.period.end, labels)
 
 
 def _stacked(
-    account_id: int, period: Period, starts: Sequence[datetime], labels: Sequence[str]
+    account_id: int, starts: Sequence[datetime], end: datetime, labels: Sequence[str]
 ) -> Spending:
     with connection.cursor() as cursor:
         cursor.execute(
-            """
-            SELECT width_bucket(u.hour, %s::timestamptz[]), m.id, m.name, p.name, sum(u.cost)
-            FROM swapper_usagehour u
+            f"""
+            SELECT u.bucket, m.id, m.name, p.name, sum(u.cost)
+            FROM {USAGE} u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
-            WHERE u.account_id = %s AND u.hour >= %s AND u.hour < %s AND NOT u.own_key
-            GROUP BY 1, 2, 3, 4
+            WHERE NOT u.own_key
+            GROUP BY 1, 2, 3, 4 HAVING sum(u.calls) <> 0
             """,
-            [list(starts), account_id, period.start, period.end],
+            usage_params(account_id, starts, end),
         )
         found = cursor.fetchall()
     by_model: dict[object, dict[int, Decimal]] = defaultdict(dict)
