@@ -17,15 +17,16 @@ from billing.limits import window_start
 from billing.models import Correction
 from billing.money import ZERO, plain
 from mswap_site.errors import Invalid
-from swapper.days import Days, Period
+from swapper.days import HOUR, Days, Period
+from swapper.rollups import USAGE, usage_params
 
 GROUPS = {
     "model": ("m.id::text", "m.name"),
     "provider": ("p.id::text", "p.name"),
     "task_type": ("t.id::text", "t.name"),
     "day": (
-        "to_char(u.hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
-        "to_char(u.hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+        "to_char(u.day, 'YYYY-MM-DD')",
+        "to_char(u.day, 'YYYY-MM-DD')",
     ),
 }
 # What the page of activity groups by besides; days are the viewer's there (``by_day``).
@@ -57,7 +58,7 @@ def read_period(start: str | None, end: str | None, now: datetime) -> Period:
     month = window_start("day", now).replace(day=1)
     begin = _moment(start, "from") if start else month
     # The end is exclusive, and this hour's row counts already.
-    until = _moment(end, "to", end_of_day=True) if end else now + timedelta(hours=1)
+    until = _moment(end, "to", end_of_day=True) if end else now + HOUR
     if until <= begin:
         raise Invalid("“from” must be before “to”, or before now.", field="to" if end else "from")
     return Period(window_start("hour", begin), until)
@@ -199,7 +200,8 @@ def sums_by(
     """The usage of an account by one of GROUPS (days: UTC) or by ``key``, dearest first."""
     key, label = KEY_GROUP if group_by == "key" else GROUPS[group_by]
     detail = DETAILS.get(group_by, "''")
-    rows = _sums(account_id, period, f"{key}, {label}, {detail}", filters)
+    within = usage_params(account_id, [period.start], period.end)
+    rows = _sums(f"{key}, {label}, {detail}", filters, within)
     if group_by != "day":
         rows.sort(key=lambda row: (-(row.cost + row.own_key_cost), row.name, row.detail))
     return rows
@@ -209,13 +211,8 @@ def by_day(
     account_id: int, days: Days, filters: Filters = EVERYTHING, *, empty: bool = False
 ) -> list[UsageSum]:
     """The usage of an account by the viewer's days, oldest first; ``empty``: days without too."""
-    rows = _sums(
-        account_id,
-        days.period,
-        "width_bucket(u.hour, %(starts)s::timestamptz[]), '', ''",
-        filters,
-        starts=days.starts,
-    )
+    within = usage_params(account_id, days.starts, days.period.end)
+    rows = _sums("u.bucket, '', ''", filters, within)
     found = {int(row.id or 0): row for row in rows}
     return [
         replace(found.get(bucket, UsageSum(None, "")), id=day.isoformat(), name=day.isoformat())
@@ -236,9 +233,8 @@ def correction_sums(account_id: int, period: Period) -> list[UsageSum]:
     return [UsageSum(None, "Corrections", cost=usd)] if usd else []
 
 
-def _sums(
-    account_id: int, period: Period, columns: str, filters: Filters, **params: Any
-) -> list[UsageSum]:
+def _sums(columns: str, filters: Filters, within: dict[str, Any]) -> list[UsageSum]:
+    """The usage ``within`` (of rollups.usage_params) by three ``columns``: id, name, detail."""
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
@@ -247,21 +243,14 @@ def _sums(
                 COALESCE(sum(u.cost) FILTER (WHERE NOT u.own_key), 0),
                 COALESCE(sum(u.cost) FILTER (WHERE u.own_key), 0),
                 sum(u.latency_ms)
-            FROM swapper_usagehour u
+            FROM {USAGE} u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
             LEFT JOIN task_types t ON t.id = u.task_type_id
-            WHERE u.account_id = %(account_id)s AND u.hour >= %(start)s AND u.hour < %(end)s
-                {filters.sql()}
-            GROUP BY 1, 2, 3 ORDER BY 1
+            WHERE true {filters.sql()}
+            GROUP BY 1, 2, 3 HAVING sum(u.calls) <> 0 ORDER BY 1
             """,
-            {
-                "account_id": account_id,
-                "start": period.start,
-                "end": period.end,
-                **filters.params(),
-                **params,
-            },
+            {**within, **filters.params()},
         )
         return [
             UsageSum(
