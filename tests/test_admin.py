@@ -20,6 +20,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from billing import ledger
+from billing.corrections import correct
 from billing.models import (
     Account,
     AccountSettings,
@@ -80,6 +81,14 @@ def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
         token=AccessToken.objects.get(),
     )
     trip(alice)
+    correct(
+        correction_id=uuid4(),
+        account_id=alice.pk,
+        usd=Decimal(1),
+        reason="a wrong price",
+        by="staff",
+        hour=timezone.now(),
+    )
     AccountSettings.objects.create(
         account=alice,
         webhook_url=f"https://hooks.example/{SECRETS['webhook address']}",
