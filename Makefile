@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 TRAFFIC ?= 1
+TEST_PROCESSES ?= 2
 HISTORY ?= 30
 BIN := .venv/bin
 # Type checking and lints need settings to load, not a database.
@@ -14,7 +15,7 @@ run: .venv/run
 	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC) --history $(HISTORY)
 
 test: lint
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
