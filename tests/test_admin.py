@@ -16,6 +16,7 @@ from django.test import Client
 from django.urls import reverse
 
 from billing import ledger
+from billing.corrections import correct
 from billing.models import Account, BreakerTrip, Budget, Hold, Meter, Tier
 from keys import crypto
 from keys.models import AccessToken, Lending
@@ -56,6 +57,14 @@ def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
         token=AccessToken.objects.get(),
     )
     trip(alice)
+    correct(
+        correction_id=uuid4(),
+        account_id=alice.pk,
+        usd=Decimal("-0.001"),
+        reason="promised",
+        by="staff",
+        hour=Hold.objects.all()[0].admitted_at,
+    )
 
 
 def page_of(row: Any) -> str:
