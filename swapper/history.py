@@ -27,7 +27,6 @@ from swapper import pricing
 from swapper.days import Period
 from swapper.decision import Stored, read_stored
 from swapper.models import Price, UsageLog
-from swapper.rollups import USAGE, usage_params
 from swapper.selection import PARTS
 from swapper.totals import Filters
 
@@ -400,20 +399,23 @@ def rates_at(price: Price, at: datetime) -> pricing.Period | None:
 
 
 def names_used(account_id: int, period: Period) -> dict[str, Sequence[tuple[str, str]]]:
-    """The models, providers and task types of an account's usage: (id, name), by name."""
+    """The models, providers and task types of an account's usage: (id, name), by name.
+
+    Of the UTC days that ``period`` touches: they are what may be filtered by, no figures.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
-            f"""
+            """
             SELECT m.id::text, m.name, p.id::text, p.name, t.id::text, t.name
             FROM (
-                SELECT model_id, task_type_id FROM {USAGE} u
-                GROUP BY 1, 2 HAVING sum(calls) <> 0
+                SELECT DISTINCT model_id, task_type_id FROM swapper_usageday
+                WHERE account_id = %s AND day >= %s AND day <= %s AND calls > 0
             ) u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
             LEFT JOIN task_types t ON t.id = u.task_type_id
             """,
-            usage_params(account_id, [period.start], period.end),
+            [account_id, period.start.astimezone(UTC).date(), period.end.astimezone(UTC).date()],
         )
         rows = cursor.fetchall()
     sides = {"model": (0, 1), "provider": (2, 3), "task_type": (4, 5)}

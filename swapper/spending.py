@@ -15,7 +15,7 @@ from django.db import connection
 
 from billing.money import ZERO
 from swapper.days import Days
-from swapper.rollups import USAGE, usage_params
+from swapper.rollups import usage, usage_params
 
 # As many models as have a colour of their own; the others are one series.
 SERIES = 5
@@ -76,11 +76,11 @@ def _stacked(
         cursor.execute(
             f"""
             SELECT u.bucket, m.id, m.name, p.name, sum(u.cost)
-            FROM {USAGE} u
+            FROM {usage()} u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
             WHERE NOT u.own_key
-            GROUP BY 1, 2, 3, 4 HAVING sum(u.calls) <> 0
+            GROUP BY 1, 2, 3, 4
             UNION ALL
             SELECT width_bucket(c.hour, %(starts)s::timestamptz[]), NULL, '', '', sum(c.usd)
             FROM billing_correction c

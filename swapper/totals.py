@@ -18,7 +18,7 @@ from billing.models import Correction
 from billing.money import ZERO, plain
 from mswap_site.errors import Invalid
 from swapper.days import HOUR, Days, Period
-from swapper.rollups import USAGE, usage_params
+from swapper.rollups import usage, usage_params
 
 GROUPS = {
     "model": ("m.id::text", "m.name"),
@@ -93,10 +93,11 @@ def totals(account_id: int, now: datetime) -> dict[str, dict[str, Any]]:
                 COALESCE((SELECT sum(c.usd) FROM billing_correction c
                     WHERE c.account_id = %s AND c.hour >= w.start), 0)
             FROM (VALUES ('hour', %s), ('today', %s), ('month', %s)) w(name, start)
-            LEFT JOIN billing_accounthour h ON h.account_id = %s AND h.hour >= w.start
+            LEFT JOIN billing_accounthour h
+                ON h.account_id = %s AND h.hour >= w.start AND h.hour >= %s
             GROUP BY w.name, w.start
             """,
-            [account_id, hour, day, month, account_id],
+            [account_id, hour, day, month, account_id, month],
         )
         return {
             name: {
@@ -243,12 +244,12 @@ def _sums(columns: str, filters: Filters, within: dict[str, Any]) -> list[UsageS
                 COALESCE(sum(u.cost) FILTER (WHERE NOT u.own_key), 0),
                 COALESCE(sum(u.cost) FILTER (WHERE u.own_key), 0),
                 sum(u.latency_ms)
-            FROM {USAGE} u
+            FROM {usage("day" if "u.day" in columns else "bucket")} u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
             LEFT JOIN task_types t ON t.id = u.task_type_id
             WHERE true {filters.sql()}
-            GROUP BY 1, 2, 3 HAVING sum(u.calls) <> 0 ORDER BY 1
+            GROUP BY 1, 2, 3 ORDER BY 1
             """,
             {**within, **filters.params()},
         )
