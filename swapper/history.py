@@ -141,8 +141,6 @@ def read_cursor(text: str) -> tuple[datetime, UUID]:
 
 
 FIRST = UUID(int=0)
-# Of a row ``u`` of a rollup.
-PROVIDER = "(SELECT provider_id FROM models WHERE id = u.model_id)"
 
 
 def enough(unit: str, rows: str) -> str:
@@ -170,7 +168,7 @@ def calls(
     are all that is looked at, besides the days and the hour that begin and end in between.
     """
     at, call_id = min(before or (period.end, FIRST), (period.end, FIRST))
-    of_rollup, of_logs = filters.sql(PROVIDER), filters.sql("u.provider_id")
+    of_rollup, of_logs = filters.sql(), filters.sql("u.provider_id")
     with connection.cursor() as cursor:
         cursor.execute(
             f"""

@@ -17,14 +17,14 @@ DAY = timedelta(days=1)
 SUMS = ("calls", "successes", "prompt_tokens", "completion_tokens", "cost", "latency_ms")
 
 
-def usage(by: str = "bucket") -> str:
-    """SQL of a table: the SUMS by bucket or (UTC) ``day``, model_id, task_type_id and own_key.
+def usage(*by: str, where: str = "") -> str:
+    """SQL of a table: the SUMS by some of bucket, day (UTC), model_id, task_type_id and own_key.
 
-    Its parameters are ``usage_params``. The ranges are behind OFFSET 0, because the planner takes
-    each of them for a ninth of the table.
+    Its parameters are ``usage_params``; ``where``: further conditions (" AND …") on a row ``u``.
+    The ranges are behind OFFSET 0, because the planner takes each for a ninth of the table.
     """
     return f"""(
-        SELECT {by}, model_id, task_type_id, own_key,
+        SELECT {", ".join(by)},
             {", ".join(f"sum(sign * {name}) AS {name}" for name in SUMS)}
         FROM (
             SELECT p.bucket, 1 AS sign, u.*
@@ -32,8 +32,8 @@ def usage(by: str = "bucket") -> str:
                 p (first, stop, bucket)
             CROSS JOIN LATERAL (
                 SELECT day, model_id, task_type_id, own_key, {", ".join(SUMS)}
-                FROM swapper_usageday
-                WHERE account_id = %(account_id)s AND day >= p.first AND day < p.stop
+                FROM swapper_usageday u
+                WHERE account_id = %(account_id)s AND day >= p.first AND day < p.stop {where}
                 OFFSET 0
             ) u
             UNION ALL
@@ -43,12 +43,12 @@ def usage(by: str = "bucket") -> str:
             CROSS JOIN LATERAL (
                 SELECT (hour AT TIME ZONE 'UTC')::date AS day, model_id, task_type_id, own_key,
                     {", ".join(SUMS)}
-                FROM swapper_usagehour
-                WHERE account_id = %(account_id)s AND hour >= p.first AND hour < p.stop
+                FROM swapper_usagehour u
+                WHERE account_id = %(account_id)s AND hour >= p.first AND hour < p.stop {where}
                 OFFSET 0
             ) u
         ) pieces
-        GROUP BY 1, 2, 3, 4 HAVING sum(sign * calls) <> 0
+        GROUP BY {", ".join(by)} HAVING sum(sign * calls) <> 0
     )"""
 
 

@@ -75,12 +75,10 @@ def _stacked(
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
-            SELECT u.bucket, m.id, m.name, p.name, sum(u.cost)
-            FROM {usage()} u
+            SELECT u.bucket, m.id, m.name, p.name, u.cost
+            FROM {usage("bucket", "model_id", where=" AND NOT u.own_key")} u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
-            WHERE NOT u.own_key
-            GROUP BY 1, 2, 3, 4
             UNION ALL
             SELECT width_bucket(c.hour, %(starts)s::timestamptz[]), NULL, '', '', sum(c.usd)
             FROM billing_correction c

@@ -34,6 +34,18 @@ KEY_GROUP = (
     "CASE WHEN u.own_key THEN 'own' ELSE 'system' END",
     "CASE WHEN u.own_key THEN 'Own key' ELSE 'System key' END",
 )
+# Of the columns of rollups.usage, those of which a group is made; and what names them.
+CELLS = {
+    "model": "model_id",
+    "provider": "model_id",
+    "task_type": "task_type_id",
+    "key": "own_key",
+    "day": "day",
+}
+JOINS = {
+    "model_id": "JOIN models m ON m.id = u.model_id JOIN providers p ON p.id = m.provider_id",
+    "task_type_id": "LEFT JOIN task_types t ON t.id = u.task_type_id",
+}
 # What tells rows of the same name apart.
 DETAILS = {
     "model": "p.name || CASE WHEN p.account_id IS NULL THEN '' ELSE ' (own key)' END",
@@ -121,7 +133,9 @@ class Filters:
     task_type: UUID | None = None
     own_key: bool | None = None
 
-    def sql(self, provider_id: str = "m.provider_id") -> str:
+    def sql(
+        self, provider_id: str = "(SELECT provider_id FROM models WHERE id = u.model_id)"
+    ) -> str:
         """Further conditions on rows ``u`` of the rollup or of usage_logs."""
         columns = {
             "model": "u.model_id",
@@ -202,7 +216,7 @@ def sums_by(
     key, label = KEY_GROUP if group_by == "key" else GROUPS[group_by]
     detail = DETAILS.get(group_by, "''")
     within = usage_params(account_id, [period.start], period.end)
-    rows = _sums(f"{key}, {label}, {detail}", filters, within)
+    rows = _sums(CELLS[group_by], f"{key}, {label}, {detail}", filters, within)
     if group_by != "day":
         rows.sort(key=lambda row: (-(row.cost + row.own_key_cost), row.name, row.detail))
     return rows
@@ -213,7 +227,7 @@ def by_day(
 ) -> list[UsageSum]:
     """The usage of an account by the viewer's days, oldest first; ``empty``: days without too."""
     within = usage_params(account_id, days.starts, days.period.end)
-    rows = _sums("u.bucket, '', ''", filters, within)
+    rows = _sums("bucket", "u.bucket, '', ''", filters, within)
     found = {int(row.id or 0): row for row in rows}
     return [
         replace(found.get(bucket, UsageSum(None, "")), id=day.isoformat(), name=day.isoformat())
@@ -234,8 +248,10 @@ def correction_sums(account_id: int, period: Period) -> list[UsageSum]:
     return [UsageSum(None, "Corrections", cost=usd)] if usd else []
 
 
-def _sums(columns: str, filters: Filters, within: dict[str, Any]) -> list[UsageSum]:
-    """The usage ``within`` (of rollups.usage_params) by three ``columns``: id, name, detail."""
+def _sums(cell: str, columns: str, filters: Filters, within: dict[str, Any]) -> list[UsageSum]:
+    """The usage ``within`` (of rollups.usage_params) by three ``columns`` that follow from
+    ``cell``: id, name, detail."""
+    table = usage(*dict.fromkeys((cell, "own_key")), where=filters.sql())
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
@@ -244,11 +260,7 @@ def _sums(columns: str, filters: Filters, within: dict[str, Any]) -> list[UsageS
                 COALESCE(sum(u.cost) FILTER (WHERE NOT u.own_key), 0),
                 COALESCE(sum(u.cost) FILTER (WHERE u.own_key), 0),
                 sum(u.latency_ms)
-            FROM {usage("day" if "u.day" in columns else "bucket")} u
-            JOIN models m ON m.id = u.model_id
-            JOIN providers p ON p.id = m.provider_id
-            LEFT JOIN task_types t ON t.id = u.task_type_id
-            WHERE true {filters.sql()}
+            FROM {table} u {JOINS.get(cell, "")}
             GROUP BY 1, 2, 3 ORDER BY 1
             """,
             {**within, **filters.params()},
