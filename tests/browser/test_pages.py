@@ -20,6 +20,7 @@ NARROWEST = {"width": 320, "height": 640}
 LOOKS = {"light": ("light", DESKTOP), "dark": ("dark", DESKTOP), "phone": ("light", PHONE)}
 PICTURES = ROOT / "docs/screenshots"
 MOST_BYTES = 60_000
+ASKED = bool(os.environ.get("MSWAP_SCREENSHOTS"))
 # What light and dark, a wide window and a narrow one can change.
 OF_COLOUR = ["color-contrast", "link-in-text-block"]
 OF_LAYOUT = [*OF_COLOUR, "target-size", "scrollable-region-focusable"]
@@ -32,6 +33,12 @@ RUN_AXE = """async ([tags, rules]) => {
   return found.violations.flatMap(rule => rule.nodes.map(node =>
     `${rule.id}: ${node.target.join(" ")}: ${node.failureSummary.split("\\n")[1]?.trim()}`));
 }"""
+# Else colours are measured on their way from light to dark.
+NO_TRANSITIONS = """() => {
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync("*, *::before, *::after { transition: none !important }");
+  document.adoptedStyleSheets.push(sheet);
+}"""
 # What sticks out, but not what scrolls in a box of its own.
 TOO_WIDE = """() => document.scrollingElement.scrollWidth <= innerWidth ? [] :
   [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth
@@ -41,12 +48,13 @@ TOO_WIDE = """() => document.scrollingElement.scrollWidth <= innerWidth ? [] :
 
 @pytest.fixture(scope="module")
 def cast(stage: Stage) -> Cast:
-    return Cast(stage)
+    return Cast(stage, history=ASKED)
 
 
 def findings(page: Any, rules: list[str] | None = None) -> list[str]:
     if not page.evaluate("typeof axe === 'object'"):
         page.evaluate(AXE)
+        page.evaluate(NO_TRANSITIONS)
     return list(page.evaluate(RUN_AXE, [TAGS, rules]))
 
 
@@ -127,11 +135,10 @@ def test_pictures_are_taken_of_every_page_when_asked_and_of_one_always(
     stage: Stage, cast: Cast, tmp_path: Path
 ):
     """``make screenshots``: into the docs, with the demo's history."""
-    asked = bool(os.environ.get("MSWAP_SCREENSHOTS"))
-    folder = PICTURES if asked else tmp_path
+    folder = PICTURES if ASKED else tmp_path
     pages = [one for one in cast.pages() if not one.built_in]
-    pages = pages if asked else pages[:1]
-    if asked:
+    pages = pages if ASKED else pages[:1]
+    if ASKED:
         folder.mkdir(exist_ok=True)
         for old in folder.glob("*.webp"):
             old.unlink()
@@ -139,7 +146,7 @@ def test_pictures_are_taken_of_every_page_when_asked_and_of_one_always(
         for name, look in LOOKS.items():
             show(page, *look)
             # Charts are drawn, what loads later is there.
-            page.wait_for_load_state("networkidle") if asked and name == "light" else None
+            page.wait_for_load_state("networkidle") if ASKED and name == "light" else None
             picture(page, folder / f"{one.name}-{name}.webp")
     made = {path.name: path.stat().st_size for path in folder.glob("*.webp")}
     assert set(made) == names(pages)
