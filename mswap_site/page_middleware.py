@@ -9,6 +9,9 @@ from csp.middleware import CSPMiddleware
 from django.http import HttpRequest, HttpResponseBase
 from django_htmx.middleware import HtmxMiddleware
 
+# What programs ask. Its description, beside it under /api/, is a page.
+API = "/api/modelswapper/"
+
 GetResponse = Callable[[HttpRequest], HttpResponseBase]
 
 
@@ -17,7 +20,7 @@ def for_pages(middleware: Callable[[Any], Any]) -> Callable[[GetResponse], GetRe
         inner = middleware(get_response)
 
         def handle(request: HttpRequest) -> HttpResponseBase:
-            return (get_response if request.path.startswith("/api/") else inner)(request)
+            return (get_response if request.path.startswith(API) else inner)(request)
 
         return handle
 

@@ -322,7 +322,9 @@ def request_story(account_id: int, request_id: UUID) -> RequestStory:
     hold = Hold.objects.get(pk=request_id, account_id=account_id)
     decision = decision_of(hold.context)
     place = {link.id: n for n, link in enumerate(decision.chain)} if decision else {}
-    logs = UsageLog.objects.filter(request_id=hold.pk).select_related("model", "provider", "price")
+    logs = UsageLog.objects.filter(request_id=hold.pk).select_related(
+        "model", "provider", "price__model"
+    )
     # They are written in one statement, so their times don't tell their order; the chain does.
     calls = sorted(logs, key=lambda log: (log.success, place.get(str(log.model_id), len(place))))
     prices = {call.price_id: call.price for call in calls if call.price is not None}
