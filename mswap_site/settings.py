@@ -92,6 +92,9 @@ INSTALLED_APPS = [
     "keys",
 ]
 MIDDLEWARE = [
+    # These two outside of all others: a refusal by one of those is a page too.
+    "mswap_site.page_middleware.content_security_policy",
+    "mswap_site.page_middleware.no_store",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -103,7 +106,6 @@ MIDDLEWARE = [
     "mswap_site.audit.AuditMiddleware",
     "allauth.account.middleware.AccountMiddleware",
     "mswap_site.page_middleware.htmx",
-    "mswap_site.page_middleware.content_security_policy",
 ]
 AUTHENTICATION_BACKENDS = [
     "django.contrib.auth.backends.ModelBackend",
