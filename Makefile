@@ -15,7 +15,7 @@ run: .venv/run
 	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC) --history $(HISTORY)
 
 test: lint chromium
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 # The pages are tested in a real browser. Without one those tests are skipped (in CI they fail).
 chromium:

@@ -39,15 +39,6 @@ from swapper.catalogue import catalogue
 from swapper.models import KeyState, Model, Price, Provider, TaskType
 
 API = "/api/modelswapper/"
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, with what they set up once; those in a browser as well,
-    which share a stage."""
-    for item in items:
-        group = item.path.parent if item.path.parent != HERE else item.path
-        item.add_marker(pytest.mark.xdist_group(group.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -120,7 +120,7 @@ class Cast:
         stage.select(self.owner)
         TOTP.activate(self.guarded.user, generate_totp_secret())
         stage.add_passkey(stage.page(self.guarded), "Telephone")
-        self.passkey = Authenticator.objects.get(type=Authenticator.Type.WEBAUTHN)
+        self.passkey = self.guarded.user.authenticator_set.get(type=Authenticator.Type.WEBAUTHN)
         self.unverified = EmailAddress.objects.create(
             user=self.newcomer.user, email="second@example.test", primary=False, verified=False
         )
