@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 TRAFFIC ?= 1
+TEST_PROCESSES ?= 2
 HISTORY ?= 30
 BIN := .venv/bin
 # Type checking and lints need settings to load, not a database.
@@ -11,13 +12,26 @@ NO_DATABASE := DATABASE_URL=postgres://nobody@/none DJANGO_SECRET_KEY=- MSWAP_TO
 # Recorded answers and arrivals are no part of the project.
 ROUTING_DATA ?= ../shared/data
 
-.PHONY: run test lint bench bench-routing requirements clean
+
+.PHONY: run test lint bench bench-routing screenshots chromium requirements clean
 
 run: .venv/run
 	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC) --history $(HISTORY)
 
-test: lint
-	$(BIN)/python -m pytest -q $(ARGS)
+test: lint chromium
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+
+# The pages are tested in a real browser. Without one those tests are skipped (in CI they fail).
+chromium:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing Chromium" \
+		&& (apt-get update && apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1; \
+	then exit 0; fi; \
+	echo "There is no Chromium and it can't be installed here: browser tests are skipped."
+
+# docs/screenshots: every page, with 30 days of the demo's history.
+screenshots: .venv/dev chromium
+	MSWAP_SCREENSHOTS=1 $(BIN)/python -m pytest -q tests/browser/test_pages.py -k pictures
 
 lint: .venv/dev
 	$(BIN)/ruff check .

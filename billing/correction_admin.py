@@ -32,6 +32,7 @@ class CorrectionForm(forms.Form):
     hold_id = forms.UUIDField(
         label="Request",
         required=False,
+        widget=forms.TextInput(attrs={"class": "vTextField"}),
         help_text="Its id, if the correction is about one request. It counts in that one’s hour.",
     )
     hour = forms.DateTimeField(
@@ -68,11 +69,11 @@ class CorrectionForm(forms.Form):
 
 @admin.register(Correction)
 class CorrectionAdmin(ModelAdmin):
-    list_display = ("made_at", "account", "amount", "hour", "hold_id", "reason", "by")
+    list_display = ("made_at", "account", "amount", "hour", "request_id", "reason", "by")
     search_fields = ("account__external_id", "hold__id", "reason", "by")
     list_select_related = ("account",)
     date_hierarchy = "made_at"
-    fields = ("account", "amount", "hour", "hold_id", "reason", "by", "made_at")
+    fields = ("account", "amount", "hour", "request_id", "reason", "by", "made_at")
     readonly_fields = fields
 
     @admin.display(description="amount, USD", ordering="usd")
@@ -81,7 +82,7 @@ class CorrectionAdmin(ModelAdmin):
         return f"{sign}{plain(abs(correction.usd))}"
 
     @admin.display(description="request")
-    def hold_id(self, correction: Correction) -> Any:
+    def request_id(self, correction: Correction) -> Any:
         return correction.hold_id or "–"
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:

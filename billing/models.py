@@ -405,6 +405,7 @@ class BreakerTrip(models.Model):
     reset_reason = models.TextField(blank=True, default="")
 
     class Meta:
+        verbose_name = "emergency stop"
         ordering = ("-tripped_at",)
         constraints = [
             models.UniqueConstraint(

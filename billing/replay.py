@@ -28,8 +28,8 @@ from billing.models import Account, Tier
 from billing.money import QUANTUM
 
 DAYS = 30
-# As many holds as are replayed while somebody waits for the page (bench in docs/ledger.md).
-MOST = 150_000
+# As many holds as are replayed while somebody waits for the page: two to three seconds.
+MOST = 100_000
 BATCH = 2000
 WORST = 10
 APPROVAL = "approval_required"

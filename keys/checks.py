@@ -50,7 +50,7 @@ def take_check(account_id: int) -> None:
         cursor.execute(
             """
             INSERT INTO keys_checkhour AS c (account_id, hour, used)
-            VALUES (%(account)s, date_trunc('hour', now(), 'UTC'), 1)
+            SELECT %(account)s, date_trunc('hour', now(), 'UTC'), 1 WHERE %(most)s > 0
             ON CONFLICT (account_id) DO UPDATE SET hour = EXCLUDED.hour,
                 used = CASE WHEN c.hour = EXCLUDED.hour THEN c.used + 1 ELSE 1 END
             WHERE c.hour <> EXCLUDED.hour OR c.used < %(most)s

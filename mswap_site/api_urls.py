@@ -1,14 +1,19 @@
 """The whole API on one screen."""
 
 from django.urls import path
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
 from keys import api as keys
 from swapper import api
 
 urlpatterns = [
     path("schema/", SpectacularAPIView.as_view(), name="schema"),
-    path("docs/", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
+    # Its script comes by itself: the content security policy allows none in the page.
+    path(
+        "docs/",
+        SpectacularSwaggerSplitView.as_view(url_name="schema", template_name="api_docs.html"),
+        name="docs",
+    ),
     path("modelswapper/select-model", api.SelectModel.as_view(), name="select-model"),
     path("modelswapper/usage", api.Usage.as_view(), name="usage"),
     path("modelswapper/me", api.Me.as_view(), name="me"),

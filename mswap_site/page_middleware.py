@@ -9,6 +9,12 @@ from csp.middleware import CSPMiddleware
 from django.http import HttpRequest, HttpResponseBase
 from django_htmx.middleware import HtmxMiddleware
 
+# What programs ask. Its description, beside it under /api/, is a page.
+API = "/api/modelswapper/"
+
+# Pages of keys, tokens, secrets and passwords: neither a browser nor a proxy keeps them.
+NOT_STORED = ("/accounts/", "/keys/", "/tokens/", "/settings/", "/stop/")
+
 GetResponse = Callable[[HttpRequest], HttpResponseBase]
 
 
@@ -17,7 +23,7 @@ def for_pages(middleware: Callable[[Any], Any]) -> Callable[[GetResponse], GetRe
         inner = middleware(get_response)
 
         def handle(request: HttpRequest) -> HttpResponseBase:
-            return (get_response if request.path.startswith("/api/") else inner)(request)
+            return (get_response if request.path.startswith(API) else inner)(request)
 
         return handle
 
@@ -26,3 +32,13 @@ def for_pages(middleware: Callable[[Any], Any]) -> Callable[[GetResponse], GetRe
 
 htmx = for_pages(HtmxMiddleware)
 content_security_policy = for_pages(CSPMiddleware)
+
+
+def no_store(get_response: GetResponse) -> GetResponse:
+    def handle(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        if request.path.startswith(NOT_STORED):
+            response["Cache-Control"] = "no-store"
+        return response
+
+    return handle

@@ -56,8 +56,9 @@ DATABASES["default"].setdefault("OPTIONS", {}).update(
     # running them. The ORM sends literals, which this setting does not touch.
     # Triggers look for pgtrigger.ignore and catch the error where it is unset: for each row, at the
     # price of all rows of the statement so far. 20,000 rows in one statement: 7 s, or 1 s.
+    # Nothing here is worth a parallel worker: starting one takes longer than a page's statements.
     options="-c plan_cache_mode=force_generic_plan -c jit=off -c timezone=UTC"
-    " -c pgtrigger.ignore={}",
+    " -c max_parallel_workers_per_gather=0 -c pgtrigger.ignore={}",
     connect_timeout=5,
 )
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -99,6 +100,9 @@ INSTALLED_APPS = [
     "keys",
 ]
 MIDDLEWARE = [
+    # These two outside of all others: a refusal by one of those is a page too.
+    "mswap_site.page_middleware.content_security_policy",
+    "mswap_site.page_middleware.no_store",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -110,7 +114,6 @@ MIDDLEWARE = [
     "mswap_site.audit.AuditMiddleware",
     "allauth.account.middleware.AccountMiddleware",
     "mswap_site.page_middleware.htmx",
-    "mswap_site.page_middleware.content_security_policy",
 ]
 AUTHENTICATION_BACKENDS = [
     "django.contrib.auth.backends.ModelBackend",
@@ -139,8 +142,7 @@ LANGUAGE_CODE = "en-us"
 USE_I18N = False
 TIME_ZONE = "UTC"
 USE_TZ = True
-# In the admin; our pages say times in words.
-DATE_FORMAT, DATETIME_FORMAT = "Y-m-d", "Y-m-d H:i:s"
+FORMAT_MODULE_PATH = "mswap_site.formats"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 STATICFILES_DIRS = [BASE_DIR / "static"]
@@ -149,10 +151,21 @@ WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = not PRODUCTION
 DATA_UPLOAD_MAX_MEMORY_SIZE = 1_000_000
 
+# Everything in production goes over TLS. Behind a proxy that ends it, PROXY_SSL_HEADER names what
+# it sets to "https" ("X-Forwarded-Proto"; it must drop what clients send): without it each
+# request would be sent to where it came from.
 SECURE_COOKIES = env.bool("SECURE_COOKIES", default=PRODUCTION)
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_COOKIES
-SECURE_SSL_REDIRECT = env.bool("SECURE_SSL_REDIRECT", default=False)
-SECURE_HSTS_SECONDS = env.int("SECURE_HSTS_SECONDS", default=3600 if PRODUCTION else 0)
+# Pages and htmx take the token from the page, never from the cookie.
+CSRF_COOKIE_HTTPONLY = True
+SECURE_SSL_REDIRECT = env.bool("SECURE_SSL_REDIRECT", default=PRODUCTION)
+# Asked by load balancers, from inside.
+SECURE_REDIRECT_EXEMPT = [r"^api/modelswapper/health$"]
+if _header := env.str("PROXY_SSL_HEADER", default=""):
+    SECURE_PROXY_SSL_HEADER = (f"HTTP_{_header.upper().replace('-', '_')}", "https")
+SECURE_HSTS_SECONDS = env.int("SECURE_HSTS_SECONDS", default=31_536_000 if PRODUCTION else 0)
+SECURE_HSTS_INCLUDE_SUBDOMAINS = env.bool("SECURE_HSTS_INCLUDE_SUBDOMAINS", default=PRODUCTION)
+SECURE_HSTS_PRELOAD = env.bool("SECURE_HSTS_PRELOAD", default=PRODUCTION)
 # Where a provider type is called instead of its documented address: "openai=http://proxy/v1,…".
 PROVIDER_BASE_URLS = env.dict("PROVIDER_BASE_URLS", default={})
 

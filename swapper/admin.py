@@ -10,6 +10,7 @@ from django.contrib.admin import ModelAdmin
 from django.contrib.admin.widgets import AdminTextInputWidget
 from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet, TextField
+from django.forms import CheckboxInput
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404
 from django.template.response import TemplateResponse
@@ -62,6 +63,11 @@ class ModelModelAdmin(OneLine):
     exclude = ("id",)
     readonly_fields = ("price_history",)
     list_per_page = 50
+
+    def get_changelist_form(self, request: HttpRequest, **options: Any) -> Any:
+        # In the list a box has no label but its column's.
+        box = CheckboxInput({"aria-label": "enabled"})
+        return super().get_changelist_form(request, **options, widgets={"enabled": box})
 
     @admin.display(description="price")
     def priced(self, model: Model) -> str:

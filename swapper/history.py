@@ -141,6 +141,20 @@ def read_cursor(text: str) -> tuple[datetime, UUID]:
         raise Invalid("“before” is not a place in this list.", field="before") from None
 
 
+FIRST = UUID(int=0)
+
+
+def enough(unit: str, rows: str) -> str:
+    """SQL: the newest days or hours (``unit``) of ``rows`` that have ``limit`` calls together."""
+    return f"""
+        SELECT {unit} FROM (
+            SELECT {unit}, sum(sum(calls)) OVER (
+                ORDER BY {unit} DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+            ) AS newer FROM ({rows}) r GROUP BY {unit}
+        ) s WHERE newer IS NULL OR newer < %(limit)s
+    """
+
+
 def calls(
     account_id: int,
     period: Period,
@@ -150,51 +164,68 @@ def calls(
 ) -> list[Call]:
     """Calls of requests admitted in ``period``, the newest first, from ``before`` on.
 
-    The rollup knows how many match in each hour: the newest hours that have ``limit`` of them,
-    besides what is left of the hour that ``before`` is in, are all that is read.
+    The rollups know how many match in each day and hour, and a row of them stands for one at
+    least: of the newest ``limit`` rows, the newest days and then hours that have ``limit`` calls
+    are all that is looked at, besides the days and the hour that begin and end in between.
     """
-    at, call_id = before or (period.end, UUID(int=0))
+    at, call_id = min(before or (period.end, FIRST), (period.end, FIRST))
+    of_rollup, of_logs = filters.sql(), filters.sql("u.provider_id")
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
-            WITH by_hour AS (
-                SELECT u.hour, sum(u.calls) FILTER (WHERE u.hour < %(at_hour)s) AS calls
-                FROM swapper_usagehour u JOIN models m ON m.id = u.model_id
-                WHERE u.account_id = %(account_id)s AND u.hour >= %(start)s
-                    AND u.hour < %(end)s AND u.hour <= %(at_hour)s AND u.calls > 0 {filters.sql()}
-                GROUP BY u.hour
+            WITH days AS MATERIALIZED (
+                SELECT day FROM ({
+                enough(
+                    "day",
+                    f'''
+                    SELECT u.day, u.calls FROM swapper_usageday u
+                    WHERE u.account_id = %(account_id)s AND u.calls > 0 {of_rollup}
+                        AND u.day > %(first_day)s AND u.day < %(last_day)s
+                    ORDER BY u.day DESC LIMIT %(limit)s
+                ''',
+                )
+            }) d
+                UNION SELECT %(first_day)s UNION SELECT %(last_day)s
             ), hours AS MATERIALIZED (
-                SELECT hour FROM (
-                    SELECT hour, sum(calls) OVER (
-                        ORDER BY hour DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
-                    ) AS newer FROM by_hour
-                ) h WHERE newer IS NULL OR newer < %(limit)s
+                SELECT hour FROM ({
+                enough(
+                    "hour",
+                    f'''
+                    SELECT u.hour, u.calls FROM days d CROSS JOIN LATERAL (
+                        SELECT u.hour, u.calls FROM swapper_usagehour u
+                        WHERE u.account_id = %(account_id)s AND u.calls > 0 {of_rollup}
+                            AND u.hour >= GREATEST(d.day AT TIME ZONE 'UTC', %(start)s)
+                            AND u.hour < LEAST((d.day + 1) AT TIME ZONE 'UTC', %(at_hour)s)
+                        ORDER BY u.hour DESC LIMIT %(limit)s
+                    ) u
+                ''',
+                )
+            }) h
+                UNION SELECT %(at_hour)s
             )
-            SELECT h.admitted_at, u.id, h.id, m.name, p.name, t.name, u.own_key, u.success,
+            SELECT u.admitted_at, u.id, u.hold_id, m.name, p.name, t.name, u.own_key, u.success,
                 u.error_kind, u.prompt_tokens, u.cached_prompt_tokens, u.completion_tokens,
                 u.cost, u.latency, u.unreported
             FROM hours
             CROSS JOIN LATERAL (
-                SELECT id, admitted_at FROM billing_hold
-                WHERE account_id = %(account_id)s AND admitted_at >= hours.hour
-                    AND admitted_at < hours.hour + interval '1 hour' AND admitted_at <= %(at)s
-                OFFSET 0
-            ) h
-            CROSS JOIN LATERAL (
-                SELECT * FROM usage_logs u
-                WHERE u.request_id = h.id AND (h.admitted_at, u.id) < (%(at)s, %(call_id)s)
-                    {filters.sql("u.provider_id")}
-                OFFSET 0
+                SELECT u.*, h.id AS hold_id, h.admitted_at
+                FROM billing_hold h JOIN usage_logs u ON u.request_id = h.id
+                WHERE h.account_id = %(account_id)s AND h.admitted_at >= hours.hour
+                    AND h.admitted_at < hours.hour + interval '1 hour'
+                    AND h.admitted_at >= %(start)s AND h.admitted_at <= %(at)s
+                    AND (h.admitted_at, u.id) < (%(at)s, %(call_id)s) {of_logs}
+                ORDER BY h.admitted_at DESC, u.id DESC LIMIT %(limit)s
             ) u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = u.provider_id
             LEFT JOIN task_types t ON t.id = u.task_type_id
-            ORDER BY h.admitted_at DESC, u.id DESC LIMIT %(limit)s
+            ORDER BY u.admitted_at DESC, u.id DESC LIMIT %(limit)s
             """,
             {
                 "account_id": account_id,
                 "start": period.start,
-                "end": period.end,
+                "first_day": period.start.astimezone(UTC).date(),
+                "last_day": at.astimezone(UTC).date(),
                 "at": at,
                 "at_hour": window_start("hour", at),
                 "call_id": call_id,
@@ -304,7 +335,9 @@ def request_story(account_id: int, request_id: UUID) -> RequestStory:
     hold = Hold.objects.get(pk=request_id, account_id=account_id)
     decision = decision_of(hold.context)
     place = {link.id: n for n, link in enumerate(decision.chain)} if decision else {}
-    logs = UsageLog.objects.filter(request_id=hold.pk).select_related("model", "provider", "price")
+    logs = UsageLog.objects.filter(request_id=hold.pk).select_related(
+        "model", "provider", "price__model"
+    )
     # They are written in one statement, so their times don't tell their order; the chain does.
     calls = sorted(logs, key=lambda log: (log.success, place.get(str(log.model_id), len(place))))
     prices = {call.price_id: call.price for call in calls if call.price is not None}
@@ -391,18 +424,23 @@ def rates_at(price: Price, at: datetime) -> pricing.Period | None:
 
 
 def names_used(account_id: int, period: Period) -> dict[str, Sequence[tuple[str, str]]]:
-    """The models, providers and task types of an account's usage: (id, name), by name."""
+    """The models, providers and task types of an account's usage: (id, name), by name.
+
+    Of the UTC days that ``period`` touches: they are what may be filtered by, no figures.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
             """
-            SELECT DISTINCT m.id::text, m.name, p.id::text, p.name, t.id::text, t.name
-            FROM swapper_usagehour u
+            SELECT m.id::text, m.name, p.id::text, p.name, t.id::text, t.name
+            FROM (
+                SELECT DISTINCT model_id, task_type_id FROM swapper_usageday
+                WHERE account_id = %s AND day >= %s AND day <= %s AND calls > 0
+            ) u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
             LEFT JOIN task_types t ON t.id = u.task_type_id
-            WHERE u.account_id = %s AND u.hour >= %s AND u.hour < %s
             """,
-            [account_id, period.start, period.end],
+            [account_id, period.start.astimezone(UTC).date(), period.end.astimezone(UTC).date()],
         )
         rows = cursor.fetchall()
     sides = {"model": (0, 1), "provider": (2, 3), "task_type": (4, 5)}

@@ -443,3 +443,32 @@ class UsageHour(models.Model):
             )
         ]
         indexes = [models.Index(fields=("hour", "model"), name="usage_hour_model")]
+
+
+class UsageDay(models.Model):
+    """The usage hours of a UTC day, so that a month's pages read days and not its hours.
+
+    A trigger on ``swapper_usagehour`` writes it (migration 0006), whoever writes that: the two
+    agree at every moment, and ``rollups.py`` takes hours from days.
+    """
+
+    account = models.ForeignKey(Account, on_delete=models.PROTECT, db_index=False)
+    day = models.DateField()
+    model = models.ForeignKey(Model, on_delete=models.PROTECT, db_index=False)
+    task_type = models.ForeignKey(TaskType, null=True, on_delete=models.PROTECT, db_index=False)
+    own_key = models.BooleanField()
+    calls = models.BigIntegerField()
+    successes = models.BigIntegerField()
+    prompt_tokens = models.BigIntegerField()
+    completion_tokens = models.BigIntegerField()
+    cost = UsdField()
+    latency_ms = models.BigIntegerField(help_text="Sum over the calls.")
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=("account", "day", "model", "task_type", "own_key"),
+                nulls_distinct=False,
+                name="usage_day_cell",
+            )
+        ]

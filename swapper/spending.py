@@ -14,7 +14,8 @@ from decimal import Decimal
 from django.db import connection
 
 from billing.money import ZERO
-from swapper.days import Days, Period
+from swapper.days import Days
+from swapper.rollups import usage, usage_params
 
 # As many models as have a colour of their own; the others are one series.
 SERIES = 5
@@ -60,33 +61,36 @@ def by_hour(account_id: int, day: Days) -> Spending:
     labels = [
         f"{hour:%H:%M}" if seen[f"{hour:%H:%M}"] == 1 else f"{hour:%H:%M %Z}" for hour in local
     ]
-    return _stacked(account_id, day.period, hours, labels)
+    return _stacked(account_id, hours, day.period.end, labels)
 
 
 def by_day(account_id: int, days: Days) -> Spending:
     labels = [f"{day.day} {day:%b}" for day in days.dates]
-    return _stacked(account_id, days.period, days.starts, labels)
+    return _stacked(account_id, days.starts, days.period.end, labels)
 
 
 def _stacked(
-    account_id: int, period: Period, starts: Sequence[datetime], labels: Sequence[str]
+    account_id: int, starts: Sequence[datetime], end: datetime, labels: Sequence[str]
 ) -> Spending:
     with connection.cursor() as cursor:
         cursor.execute(
-            """
-            SELECT width_bucket(u.hour, %s::timestamptz[]), m.id, m.name, p.name, sum(u.cost)
-            FROM swapper_usagehour u
+            f"""
+            SELECT u.bucket, m.id, m.name, p.name, u.cost
+            FROM {usage("bucket", "model_id", where=" AND NOT u.own_key")} u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
-            WHERE u.account_id = %s AND u.hour >= %s AND u.hour < %s AND NOT u.own_key
-            GROUP BY 1, 2, 3, 4
             UNION ALL
-            SELECT width_bucket(c.hour, %s::timestamptz[]), NULL, '', '', sum(c.usd)
+            SELECT width_bucket(c.hour, %(starts)s::timestamptz[]), NULL, '', '', sum(c.usd)
             FROM billing_correction c
-            WHERE c.account_id = %s AND c.hour >= %s AND c.hour < %s
+            WHERE c.account_id = %(account_id)s AND c.hour >= %(start)s AND c.hour < %(end)s
             GROUP BY 1
             """,
-            [list(starts), account_id, period.start, period.end] * 2,
+            {
+                **usage_params(account_id, starts, end),
+                "starts": list(starts),
+                "start": starts[0],
+                "end": end,
+            },
         )
         found = cursor.fetchall()
     by_model: dict[object, dict[int, Decimal]] = defaultdict(dict)

@@ -17,15 +17,16 @@ from billing.limits import window_start
 from billing.models import Correction
 from billing.money import ZERO, plain
 from mswap_site.errors import Invalid
-from swapper.days import Days, Period
+from swapper.days import HOUR, Days, Period
+from swapper.rollups import usage, usage_params
 
 GROUPS = {
     "model": ("m.id::text", "m.name"),
     "provider": ("p.id::text", "p.name"),
     "task_type": ("t.id::text", "t.name"),
     "day": (
-        "to_char(u.hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
-        "to_char(u.hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+        "to_char(u.day, 'YYYY-MM-DD')",
+        "to_char(u.day, 'YYYY-MM-DD')",
     ),
 }
 # What the page of activity groups by besides; days are the viewer's there (``by_day``).
@@ -33,6 +34,18 @@ KEY_GROUP = (
     "CASE WHEN u.own_key THEN 'own' ELSE 'system' END",
     "CASE WHEN u.own_key THEN 'Own key' ELSE 'System key' END",
 )
+# Of the columns of rollups.usage, those of which a group is made; and what names them.
+CELLS = {
+    "model": "model_id",
+    "provider": "model_id",
+    "task_type": "task_type_id",
+    "key": "own_key",
+    "day": "day",
+}
+JOINS = {
+    "model_id": "JOIN models m ON m.id = u.model_id JOIN providers p ON p.id = m.provider_id",
+    "task_type_id": "LEFT JOIN task_types t ON t.id = u.task_type_id",
+}
 # What tells rows of the same name apart.
 DETAILS = {
     "model": "p.name || CASE WHEN p.account_id IS NULL THEN '' ELSE ' (own key)' END",
@@ -57,7 +70,7 @@ def read_period(start: str | None, end: str | None, now: datetime) -> Period:
     month = window_start("day", now).replace(day=1)
     begin = _moment(start, "from") if start else month
     # The end is exclusive, and this hour's row counts already.
-    until = _moment(end, "to", end_of_day=True) if end else now + timedelta(hours=1)
+    until = _moment(end, "to", end_of_day=True) if end else now + HOUR
     if until <= begin:
         raise Invalid("“from” must be before “to”, or before now.", field="to" if end else "from")
     return Period(window_start("hour", begin), until)
@@ -92,10 +105,11 @@ def totals(account_id: int, now: datetime) -> dict[str, dict[str, Any]]:
                 COALESCE((SELECT sum(c.usd) FROM billing_correction c
                     WHERE c.account_id = %s AND c.hour >= w.start), 0)
             FROM (VALUES ('hour', %s), ('today', %s), ('month', %s)) w(name, start)
-            LEFT JOIN billing_accounthour h ON h.account_id = %s AND h.hour >= w.start
+            LEFT JOIN billing_accounthour h
+                ON h.account_id = %s AND h.hour >= w.start AND h.hour >= %s
             GROUP BY w.name, w.start
             """,
-            [account_id, hour, day, month, account_id],
+            [account_id, hour, day, month, account_id, month],
         )
         return {
             name: {
@@ -119,7 +133,9 @@ class Filters:
     task_type: UUID | None = None
     own_key: bool | None = None
 
-    def sql(self, provider_id: str = "m.provider_id") -> str:
+    def sql(
+        self, provider_id: str = "(SELECT provider_id FROM models WHERE id = u.model_id)"
+    ) -> str:
         """Further conditions on rows ``u`` of the rollup or of usage_logs."""
         columns = {
             "model": "u.model_id",
@@ -199,7 +215,8 @@ def sums_by(
     """The usage of an account by one of GROUPS (days: UTC) or by ``key``, dearest first."""
     key, label = KEY_GROUP if group_by == "key" else GROUPS[group_by]
     detail = DETAILS.get(group_by, "''")
-    rows = _sums(account_id, period, f"{key}, {label}, {detail}", filters)
+    within = usage_params(account_id, [period.start], period.end)
+    rows = _sums(CELLS[group_by], f"{key}, {label}, {detail}", filters, within)
     if group_by != "day":
         rows.sort(key=lambda row: (-(row.cost + row.own_key_cost), row.name, row.detail))
     return rows
@@ -209,13 +226,8 @@ def by_day(
     account_id: int, days: Days, filters: Filters = EVERYTHING, *, empty: bool = False
 ) -> list[UsageSum]:
     """The usage of an account by the viewer's days, oldest first; ``empty``: days without too."""
-    rows = _sums(
-        account_id,
-        days.period,
-        "width_bucket(u.hour, %(starts)s::timestamptz[]), '', ''",
-        filters,
-        starts=days.starts,
-    )
+    within = usage_params(account_id, days.starts, days.period.end)
+    rows = _sums("bucket", "u.bucket, '', ''", filters, within)
     found = {int(row.id or 0): row for row in rows}
     return [
         replace(found.get(bucket, UsageSum(None, "")), id=day.isoformat(), name=day.isoformat())
@@ -236,9 +248,10 @@ def correction_sums(account_id: int, period: Period) -> list[UsageSum]:
     return [UsageSum(None, "Corrections", cost=usd)] if usd else []
 
 
-def _sums(
-    account_id: int, period: Period, columns: str, filters: Filters, **params: Any
-) -> list[UsageSum]:
+def _sums(cell: str, columns: str, filters: Filters, within: dict[str, Any]) -> list[UsageSum]:
+    """The usage ``within`` (of rollups.usage_params) by three ``columns`` that follow from
+    ``cell``: id, name, detail."""
+    table = usage(*dict.fromkeys((cell, "own_key")), where=filters.sql())
     with connection.cursor() as cursor:
         cursor.execute(
             f"""
@@ -247,21 +260,10 @@ def _sums(
                 COALESCE(sum(u.cost) FILTER (WHERE NOT u.own_key), 0),
                 COALESCE(sum(u.cost) FILTER (WHERE u.own_key), 0),
                 sum(u.latency_ms)
-            FROM swapper_usagehour u
-            JOIN models m ON m.id = u.model_id
-            JOIN providers p ON p.id = m.provider_id
-            LEFT JOIN task_types t ON t.id = u.task_type_id
-            WHERE u.account_id = %(account_id)s AND u.hour >= %(start)s AND u.hour < %(end)s
-                {filters.sql()}
+            FROM {table} u {JOINS.get(cell, "")}
             GROUP BY 1, 2, 3 ORDER BY 1
             """,
-            {
-                "account_id": account_id,
-                "start": period.start,
-                "end": period.end,
-                **filters.params(),
-                **params,
-            },
+            {**within, **filters.params()},
         )
         return [
             UsageSum(

@@ -20,6 +20,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from billing import ledger
+from billing.corrections import correct
 from billing.models import (
     Account,
     AccountSettings,
@@ -81,6 +82,14 @@ def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
         token=AccessToken.objects.get(),
     )
     trip(alice)
+    correct(
+        correction_id=uuid4(),
+        account_id=alice.pk,
+        usd=Decimal(1),
+        reason="a wrong price",
+        by="staff",
+        hour=timezone.now(),
+    )
     AccountSettings.objects.create(
         account=alice,
         webhook_url=f"https://hooks.example/{SECRETS['webhook address']}",
@@ -90,7 +99,7 @@ def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
     Alert.objects.create(
         account=alice, limit="usd_per_day", level=1, window_start=timezone.now(), problem="late"
     )
-    learned.force("model", str(Model.objects.first().pk), "open", reason="test", by="staff")
+    learned.force("model", str(Model.objects.values_list("pk", flat=True)[0]), "open", reason="test", by="staff")
     user = alice.user
     assert user is not None
     user.password = SECRETS["password"]
@@ -217,7 +226,9 @@ def test_a_stop_is_reset_with_a_reason_that_is_kept(
 ) -> None:
     tripped = trip(alice)
     url = reverse("admin:billing_breakertrip_reset") + f"?ids={tripped.pk}"
-    assert b"alice" in browser.get(url).content
+    asked = browser.get(url).content.decode()
+    assert "alice" in asked
+    assert "at $50 in one hour (threshold $50)" in asked
     assert browser.post(url, {"reason": " "}).status_code == 200  # asked again
     assert Meter.objects.get(account=alice).stopped_at is not None
 

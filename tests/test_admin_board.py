@@ -20,6 +20,7 @@ from billing import ledger
 from billing.limits import window_start
 from billing.models import Account, Hold, Meter, SystemHour
 from mswap_site import board, tasks
+from mswap_site.board.parts import Part
 from mswap_site.models import LastRun
 from swapper.models import KeyState, Provider, UsageHour
 from tests.conftest import Shelf, edit, limits, make_account, make_model, make_own_key
@@ -75,7 +76,7 @@ def called(account: Account, model: Any, calls: int, failures: int, **fields: An
     )
 
 
-def seen(user: User) -> dict[str, board.Part]:
+def seen(user: User) -> dict[str, Part]:
     return {part.name: part for part in board.read(user).parts}
 
 

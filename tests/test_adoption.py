@@ -23,6 +23,8 @@ TABLES = "providers models task_types task_performance global_performance usage_
 ALICE = "7b6f3c1e-2222-4a4a-9c9c-0123456789ab"
 BOB = "9d1c0000-3333-4b4b-8d8d-0123456789ab"
 
+# For the fixtures above all tests: without it pytest-django makes no database.
+pytestmark = pytest.mark.django_db
 needs_existing = pytest.mark.skipif(
     not EXISTING.exists(), reason="shared/mswap/existing_schema.sql is not beside this checkout"
 )

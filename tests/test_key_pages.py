@@ -540,8 +540,8 @@ def test_a_key_is_deleted_by_typing_its_name(browser: Browser, owner: Account):
     provider.refresh_from_db()
     assert provider.api_key == ""
     assert provider.deleted_at is not None
-    assert browser.get(url("key", provider)).status_code == 404
     assert "“Work key” is deleted" in text(browser.get("/keys/"))
+    assert browser.get(url("key", provider)).status_code == 404
 
 
 def test_settings_are_saved(browser: Browser, owner: Account):

@@ -68,6 +68,10 @@ class Migration(migrations.Migration):
             },
         ),
         migrations.AlterModelOptions(
+            name="breakertrip",
+            options={"ordering": ("-tripped_at",), "verbose_name": "emergency stop"},
+        ),
+        migrations.AlterModelOptions(
             name="accountsettings",
             options={"verbose_name": "account settings", "verbose_name_plural": "account settings"},
         ),

@@ -86,11 +86,12 @@ def share(part: Decimal, whole: Decimal | None) -> float:
 @register.filter
 def fine(value: Decimal) -> SafeString:
     """The amount of one request: below a cent with two digits that count. ``$0.00021``."""
-    if not 0 < value < CENT:
+    if not 0 < abs(value) < CENT:
         return usd(value)
     places = Decimal(1).scaleb(value.adjusted() - 1)
-    short = plain(value.quantize(places, ROUND_HALF_EVEN))
-    return format_html('<span class="number" title="${}">${}</span>', plain(value), short)
+    sign, short = "−" * (value < 0), plain(abs(value).quantize(places, ROUND_HALF_EVEN))
+    digits = plain(abs(value))
+    return format_html('<span class="number" title="{}${}">{}${}</span>', sign, digits, sign, short)
 
 
 @register.filter

@@ -14,7 +14,6 @@ from django.core.paginator import Paginator
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.utils import timezone
-from django.views.decorators.cache import cache_control
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 from django_htmx.http import trigger_client_event
 
@@ -45,7 +44,7 @@ KEY_PAGES = {
 
 
 def key_page(view: View) -> View:
-    """A page of an account that is never stored; ``request.row`` is context.ACCOUNT_CONTEXT's.
+    """A page of an account with ``request.row``, context.ACCOUNT_CONTEXT's.
 
     What is another's is a 404. Where the tier has no own keys, the page says which one has.
     """
@@ -61,7 +60,7 @@ def key_page(view: View) -> View:
         except Forbidden:
             return upsell(request, status=200 if request.method == "GET" else 403)
 
-    return cache_control(no_store=True)(account_page(page))
+    return account_page(page)
 
 
 def own_keys_page(view: View) -> View:

@@ -11,7 +11,6 @@ from django.contrib import messages
 from django.db import transaction
 from django.http import HttpResponse
 from django.shortcuts import redirect, render
-from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST
 
 from billing.accounts import account_set_fallback
@@ -110,7 +109,6 @@ class WebhookForm(forms.Form):
 
 @require_http_methods(["GET", "POST"])
 @account_page
-@never_cache
 def settings(request: AccountRequest) -> HttpResponse:
     form = SettingsForm(request.POST or None, instance=request.account.settings)
     if request.method == "POST" and form.is_valid():
@@ -122,7 +120,6 @@ def settings(request: AccountRequest) -> HttpResponse:
 
 @require_http_methods(["GET", "POST"])
 @account_page
-@never_cache
 @password_again
 def webhook(request: AccountRequest) -> HttpResponse:
     """Set the address; the answer shows the new secret, once."""

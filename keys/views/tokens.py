@@ -10,7 +10,6 @@ from django.contrib import messages
 from django.http import HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils import timezone
-from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_safe
 
 from billing.models import Account
@@ -71,7 +70,6 @@ class TokenForm(forms.Form):
 
 @require_safe
 @account_page
-@never_cache
 def tokens(request: AccountRequest) -> HttpResponse:
     rows = request.account.tokens.live_first()[:SHOWN]
     return render(request, "keys/tokens.html", {"tokens": rows})
@@ -79,7 +77,6 @@ def tokens(request: AccountRequest) -> HttpResponse:
 
 @require_http_methods(["GET", "POST"])
 @account_page
-@never_cache
 @password_again
 def create(request: AccountRequest) -> HttpResponse:
     form = TokenForm(request.POST or None, account=request.account)
@@ -92,7 +89,6 @@ def create(request: AccountRequest) -> HttpResponse:
 
 @require_http_methods(["GET", "POST"])
 @account_page
-@never_cache
 @password_again
 def revoke(request: AccountRequest, pk: int) -> HttpResponse:
     token = get_object_or_404(request.account.tokens, pk=pk)

@@ -11,7 +11,6 @@ from django.db.models import Q, Sum
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
-from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_POST, require_safe
 
 from billing import ledger
@@ -33,14 +32,12 @@ class GoOnForm(forms.Form):
 
 @require_safe
 @account_page
-@never_cache
 def emergency_stop(request: AccountRequest) -> HttpResponse:
     return render(request, "swapper/emergency_stop.html", context_of(request, GoOnForm()))
 
 
 @require_POST
 @account_page
-@never_cache
 @password_again
 def go_on(request: AccountRequest) -> HttpResponse:
     form = GoOnForm(request.POST)

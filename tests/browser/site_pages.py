@@ -15,6 +15,7 @@ from allauth.account.models import EmailAddress, EmailConfirmationHMAC
 from allauth.account.utils import user_pk_to_url_str
 from allauth.mfa.models import Authenticator
 from allauth.mfa.totp.internal.auth import TOTP, generate_totp_secret
+from django.core.management import call_command
 from django.template.loader import render_to_string
 from django.urls import URLPattern, URLResolver, get_resolver, reverse
 
@@ -27,6 +28,7 @@ from tests.browser.stage import PASSWORD, Person, Stage
 ADMIN = {"index", "app_list", "changelist", "add", "change", "history", "delete"}
 
 NO_PAGES = {
+    "admin:board": "a part of the admin's start page",
     "overview-charts": "a part of the overview",
     "activity-groups-csv": "CSV",
     "activity-calls-csv": "CSV",
@@ -93,8 +95,8 @@ class Page:
 class Cast:
     """Who looks at the pages, and what they have."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, *, history: bool = False) -> None:
+        """``history``: the owner has 30 days behind her, as the demo's accounts have."""
         self.owner = stage.person("octavia", "BIGCHONK")
         self.newcomer = stage.person("newcomer", "FREE")
         self.guarded = stage.person("greta", "CLAWBACK")
@@ -108,6 +110,8 @@ class Cast:
         seed_keys(account)
         for provider in account.providers.all():
             checks.check(provider.pk)
+        if history:
+            call_command("seed_history", "octavia", days=30, open_holds=True)
         self.key = account.providers.get(provider_type="openai")
         self.token, _ = token_create("Laptop", ("select", "usage"), account=account)
         self.request = stage.spend(self.owner, 6)[-1]
@@ -116,7 +120,7 @@ class Cast:
         stage.select(self.owner)
         TOTP.activate(self.guarded.user, generate_totp_secret())
         stage.add_passkey(stage.page(self.guarded), "Telephone")
-        self.passkey = Authenticator.objects.get(type=Authenticator.Type.WEBAUTHN)
+        self.passkey = self.guarded.user.authenticator_set.get(type=Authenticator.Type.WEBAUTHN)
         self.unverified = EmailAddress.objects.create(
             user=self.newcomer.user, email="second@example.test", primary=False, verified=False
         )
