@@ -65,11 +65,17 @@ def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """The tiers of the migration, also after a test that commits and so empties the tables."""
+    """The tiers of the migration: a test before this one may have committed, and so emptied the
+    tables at its end."""
     marker = request.node.get_closest_marker("django_db")
-    if "transactional_db" in request.fixturenames or (marker and marker.kwargs.get("transaction")):
+    names = request.fixturenames
+    if "transactional_db" in names or (marker and marker.kwargs.get("transaction")):
         request.getfixturevalue("transactional_db")
-        seed_tiers()
+    elif "db" in names or marker:
+        request.getfixturevalue("db")
+    else:
+        return
+    seed_tiers()
 
 
 @pytest.fixture

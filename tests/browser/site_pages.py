@@ -120,7 +120,9 @@ class Cast:
         stage.select(self.owner)
         TOTP.activate(self.guarded.user, generate_totp_secret())
         stage.add_passkey(stage.page(self.guarded), "Telephone")
-        self.passkey = self.guarded.user.authenticator_set.get(type=Authenticator.Type.WEBAUTHN)
+        self.passkey = Authenticator.objects.get(
+            user=self.guarded.user, type=Authenticator.Type.WEBAUTHN
+        )
         self.unverified = EmailAddress.objects.create(
             user=self.newcomer.user, email="second@example.test", primary=False, verified=False
         )
