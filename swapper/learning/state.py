@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -26,7 +25,6 @@ LOST_SECONDS = 900.0
 # What other installations found counts for at most this many observations.
 GLOBAL_WEIGHT = 24.0
 
-Row = TypeVar("Row")
 TaskModel = tuple[str, str]
 # What changed: ("cell", task, model), ("drift", model), ("times", model), ("model" or "provider",
 # id) for a breaker.
@@ -69,16 +67,17 @@ class Learned:
                 changed |= self._listen(model, starts, now)
         return changed
 
-    def part(self, table: Table, tasks: Iterable[str]) -> Learned:
-        """What is known of ``table``'s models: of some account's own, say, which are few."""
-        models, providers = table.index, {card.provider_id for card in table.cards}
-        keys = [(task, model) for task in tasks for model in models]
+    def elsewhere(self, table: Table) -> Learned:
+        """Only what others found of ``table``'s models: what to start from for an account's own."""
         return Learned(
-            cells={key: self.cells[key] for key in keys if key in self.cells},
-            drifts=_only(self.drifts, models),
-            models=_only(self.models, models),
-            providers=_only(self.providers, providers),
-            globals={key: self.globals[key] for key in keys if key in self.globals},
+            globals={k: found for k, found in self.globals.items() if k[1] in table.index}
+        )
+
+    def is_half_open(self, model: str, provider: str, now: float) -> bool:
+        """Whether a request to ``model`` would be a probe, of its breaker or its provider's."""
+        return any(
+            breaker is not None and breaker.standing(now) == "half_open"
+            for breaker in (self.models.get(model), self.providers.get(provider))
         )
 
     def _selected(self, event: Selected) -> set[Changed]:
@@ -120,8 +119,10 @@ class Learned:
         self.waiting[model] = [s for s in self.waiting[model] if s > event.started_at]
         changed: set[Changed] = set()
         for name, breakers, key in self._breakers(model, event.provider):
-            breakers[key] = breakers[key].answered(event.started_at, event.at)
-            changed.add((name, key))
+            after = breakers[key].answered(event.started_at, event.at)
+            if after is not breakers[key]:
+                breakers[key] = after
+                changed.add((name, key))
         times = self.times.get(model, Times())
         if event.success:
             times = times.seen(event.at - event.started_at)
@@ -231,10 +232,6 @@ class Learned:
                 else:
                     barred[rule] = barred.get(rule, nobody) | which
         return barred, probes
-
-
-def _only(rows: Mapping[str, Row], keys: Iterable[str]) -> dict[str, Row]:
-    return {key: rows[key] for key in keys if key in rows}
 
 
 class Beliefs:
