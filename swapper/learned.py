@@ -153,6 +153,7 @@ class Copy:
                 self._put(cursor.fetchall())
 
     def _put(self, rows: Iterable[tuple[str, str, str, int]]) -> None:
+        self.learned.touched()
         for kind, key, state, version in rows:
             if kind == "cell":
                 self._put_cell(key, msgspec.json.decode(state), new=not version)
@@ -324,6 +325,25 @@ class Serving:
 
 
 serving = Serving()
+
+PRUNE = (
+    "DELETE FROM swapper_breakerevent WHERE at < now() - make_interval(days => %(days)s)",
+    "DELETE FROM swapper_learnedstate"
+    " WHERE kind = 'ratios' AND updated_at < now() - make_interval(days => %(days)s)",
+    # What is of no model or provider any more is of use to nobody.
+    "DELETE FROM swapper_learnedstate s WHERE kind = 'provider'"
+    " AND NOT EXISTS (SELECT FROM providers p WHERE p.id = s.key::uuid)",
+    "DELETE FROM swapper_learnedstate s WHERE kind IN ('drift', 'times', 'model')"
+    " AND NOT EXISTS (SELECT FROM models m WHERE m.id = s.key::uuid)",
+)
+
+
+def prune() -> None:
+    """Drop the breakers' past, and what was learned of calls that are made no more, after
+    LEARNED_DAYS; and what is of no model any more."""
+    with connection.cursor() as cursor:
+        for statement in PRUNE:
+            cursor.execute(statement, {"days": settings.LEARNED_DAYS})
 
 
 def claim_probe(model: str, provider: str, now: float) -> bool:

@@ -202,7 +202,7 @@ def change(
     if waiting is not None:
         changed |= listen(learned, waiting, now)
     save(copy, changed, successes)
-    note_trips(before, {"model": learned.models, "provider": learned.providers})
+    note_trips(before, {"model": learned.models, "provider": learned.providers}, now)
 
 
 def listen(learned: Learned, waiting: Sequence[Waiting], now: float) -> set[Changed]:
@@ -237,17 +237,22 @@ def is_awaited(learned: Learned, kind: str, key: str, breaker: Breaker, now: flo
 
 
 def note_trips(
-    before: Mapping[str, Mapping[str, Breaker]], after: Mapping[str, Mapping[str, Breaker]]
+    before: Mapping[str, Mapping[str, Breaker]],
+    after: Mapping[str, Mapping[str, Breaker]],
+    now: float,
 ) -> None:
-    """Keep for staff which breakers opened and closed, and why."""
+    """Keep for staff which breakers opened and closed, when and why."""
     events = []
     for kind, breakers in after.items():
         for key, breaker in breakers.items():
             old = before[kind].get(key, Breaker())
             if breaker.tripped != old.tripped:
                 what = "opened" if breaker.tripped else "closed"
-                events.append(BreakerEvent(kind=kind, key=key, what=what, reason=breaker.reason))
-            if breaker.limited_until > old.limited_until:
+                at = datetime.fromtimestamp(breaker.since, UTC)
+                reason = breaker.reason
+                events.append(BreakerEvent(kind=kind, key=key, at=at, what=what, reason=reason))
+            # A report that comes too late for it limits nobody.
+            if breaker.limited_until > max(old.limited_until, now):
                 until = datetime.fromtimestamp(breaker.limited_until, UTC)
                 reason = f"asked to be left alone until {until:%H:%M:%S} UTC"
                 events.append(BreakerEvent(kind=kind, key=key, what="rate limited", reason=reason))

@@ -366,6 +366,9 @@ class LearnedState(models.Model):
                 condition=Q(account_id__isnull=False),
                 name="learned_of_account",
             ),
+            models.Index(
+                fields=("updated_at",), condition=Q(kind="ratios"), name="learned_ratios_updated"
+            ),
         ]
 
     def __str__(self) -> str:

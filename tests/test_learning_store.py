@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from django.test import Client
 from django.utils import timezone
 
 from billing.models import Account, Hold
-from swapper.learned import LOCK, Copy, claim_probe, read_breakers, save_breakers
+from swapper.learned import LOCK, Copy, claim_probe, prune, read_breakers, save_breakers
 from swapper.learner import Learner
 from swapper.learning.breakers import Breaker
 from swapper.models import BreakerEvent, LearnedState, Model, Outcome, TaskPerformance
@@ -256,6 +257,45 @@ def test_who_never_reports_is_no_sign_of_silence(
         automodel.select(priority="critical", user_id="bob")
     Learner().once(now=lambda: time.time() + 30)
     assert not breaker_of(shelf, "large").tripped
+
+
+def test_a_critical_request_is_the_probe_where_nothing_else_is_left(
+    automodel: Caller, alice: Account, shelf: Shelf
+):
+    """Nobody of low priority needs to come first."""
+    until = time.time() - 1
+    down = Breaker(tripped=True, reason="test", until=until)
+    keys = [("model", str(pk)) for pk in Model.objects.values_list("pk", flat=True)]
+    save_breakers(dict.fromkeys(keys[1:], down))
+    only = Model.objects.get(pk=keys[0][1]).name
+    assert chosen(automodel) == only, "others wait for one of low priority"
+    save_breakers(dict.fromkeys(keys, down))
+    answer = automodel.select(priority="critical")
+    assert answer.status_code == 201, answer.content
+    probed = read_breakers(keys)["model", answer.json()["selected_model_id"]]
+    assert probed.probe_at is not None
+
+
+def test_what_is_of_no_use_any_more_is_pruned(
+    automodel: Caller, alice: Account, shelf: Shelf, settings: Any
+):
+    for _ in range(3):
+        use(automodel, **WORDS, error_kind="timeout")
+    use(automodel)
+    learn()
+    old, new = timezone.now() - timedelta(days=settings.LEARNED_DAYS, hours=1), timezone.now()
+    BreakerEvent.objects.create(kind="model", key="x", at=old, what="opened")
+    save_breakers({("model", str(uuid4())): Breaker(tripped=True)})
+    [ratios] = LearnedState.objects.filter(kind="ratios", key__endswith="prompt")
+    LearnedState.objects.filter(pk=ratios.pk).update(updated_at=old)
+    # A breaker stays as it is however long nothing happens.
+    LearnedState.objects.filter(kind="model").update(updated_at=old)
+    prune()
+    assert BreakerEvent.objects.filter(at__lte=new).count() == 1
+    left = LearnedState.objects.values_list("kind", "key")
+    assert not left.filter(pk=ratios.pk).exists()
+    assert left.filter(kind="ratios").count() == 1
+    assert [key for kind, key in left if kind == "model"] == [str(shelf.large.pk)]
 
 
 # --- Holds -----------------------------------------------------------------------------------

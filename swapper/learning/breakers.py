@@ -71,6 +71,12 @@ class Breaker:
             return "closed"
         return "open" if now < self.until else "half_open"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says of no moment anything but that all is well."""
+        said = self.tripped or self.forced or any(self.recent)
+        return not said and self.limited_until == -math.inf
+
     def takes_probe(self, now: float) -> bool:
         """Whether a request of low priority may be sent to find out."""
         asked = self.probe_at is not None and now - self.probe_at < PROBE_SECONDS

@@ -39,6 +39,15 @@ class Global:
     weight: float
 
 
+@dataclass(frozen=True, slots=True)
+class Troubles:
+    """The few rows that say anything but that all is well."""
+
+    models: dict[str, Breaker]
+    providers: dict[str, Breaker]
+    drifts: dict[str, Drift]
+
+
 @dataclass
 class Learned:
     """All rows. Ids are strings: task names, and ids of models and providers."""
@@ -54,13 +63,16 @@ class Learned:
     waiting: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     at_provider: dict[str, str] = field(default_factory=dict)
     _beliefs: Beliefs | None = None
+    _troubles: Troubles | None = None
 
     def apply(self, event: Selected | Outcome) -> set[Changed]:
         """Change the rows by ``event``; return the keys of those that changed."""
+        self.touched()
         return self._selected(event) if isinstance(event, Selected) else self._outcome(event)
 
     def tick(self, now: float) -> set[Changed]:
         """Look for silence; to be called about twice a second. Returns the changed keys."""
+        self.touched()
         changed: set[Changed] = set()
         for model, starts in self.waiting.items():
             if starts:
@@ -152,6 +164,19 @@ class Learned:
         self.put(key, cell)
         return changed
 
+    def touched(self) -> None:
+        """To be called when breakers or drifts were set."""
+        self._troubles = None
+
+    def troubles(self) -> Troubles:
+        if self._troubles is None:
+            self._troubles = Troubles(
+                {key: breaker for key, breaker in self.models.items() if not breaker.is_plain},
+                {key: breaker for key, breaker in self.providers.items() if not breaker.is_plain},
+                {key: watch for key, watch in self.drifts.items() if watch.fell_to is not None},
+            )
+        return self._troubles
+
     def put(self, key: TaskModel, cell: Cell) -> None:
         """Set a cell."""
         self.cells[key] = cell
@@ -194,12 +219,13 @@ class Learned:
             for key, cell in self.cells.items():
                 beliefs.put(key, cell)
         fallen = np.zeros(len(table.cards))
-        for model, watch in self.drifts.items():
-            if watch.fell_to is not None and model in table.index:
+        troubles = self.troubles()
+        for model, watch in troubles.drifts.items():
+            if model in table.index:
                 fallen[table.index[model]] = watch.eagerness
         answers = np.ones(len(table.cards))
-        for model, breaker in self.models.items():
-            if breaker.recent and model in table.index:
+        for model, breaker in troubles.models.items():
+            if model in table.index:
                 answers[table.index[model]] = 1 - breaker.doubt(now)
         barred, probes = self._standing(table, now)
         quality, weight = beliefs.of(task)
@@ -221,7 +247,11 @@ class Learned:
         nobody = np.zeros(len(table.cards), dtype=np.bool_)
         barred: dict[str, Mask] = {}
         probes = nobody
-        for rule, breakers in (("model_down", self.models), ("provider_down", self.providers)):
+        troubles = self.troubles()
+        for rule, breakers in (
+            ("model_down", troubles.models),
+            ("provider_down", troubles.providers),
+        ):
             for key, breaker in breakers.items():
                 standing = breaker.standing(now)
                 if standing == "closed" or breaker.waits_long(now):

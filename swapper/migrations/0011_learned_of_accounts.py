@@ -37,6 +37,14 @@ class Migration(migrations.Migration):
             ),
         ),
         migrations.AddIndex(
+            model_name="learnedstate",
+            index=models.Index(
+                condition=models.Q(("kind", "ratios")),
+                fields=["updated_at"],
+                name="learned_ratios_updated",
+            ),
+        ),
+        migrations.AddIndex(
             model_name="taskperformance",
             index=models.Index(fields=["model"], name="task_performance_model"),
         ),
