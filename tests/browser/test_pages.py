@@ -45,7 +45,7 @@ NO_TRANSITIONS = """() => {
 # What sticks out, but not what scrolls in a box of its own.
 TOO_WIDE = """() => document.scrollingElement.scrollWidth <= innerWidth ? [] :
   [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth
-    && !e.parentElement.closest(".table, .nav, .side, .results"))
+    && !e.parentElement.closest(".table, .results"))
   .slice(0, 5).map(e => e.outerHTML.slice(0, 90))"""
 
 
