@@ -407,3 +407,10 @@ def test_staff_who_may_only_look_find_no_field_for_a_key(db: None) -> None:
     assert page.status_code == 200
     assert b"new_api_key" not in page.content
     assert client.post(page_of(provider), {"new_api_key": CANARY}).status_code == 403
+
+
+def test_amounts_in_forms_are_usd_without_the_zeros_behind_them(browser: Client) -> None:
+    form = browser.get(page_of(Tier.objects.get(pk="FREE"))).context["adminform"].form
+    assert form.fields["usd_per_day"].label == "USD per day"
+    assert form["usd_per_day"].value() == "1"
+    assert form["usd_per_hour"].value() == "0.25"
