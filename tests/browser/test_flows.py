@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from decimal import Decimal
 from typing import Any
 
 from allauth.account.models import EmailAddress
-from allauth.mfa.totp.internal.auth import format_hotp_value, hotp_value
 from playwright.sync_api import expect
 
 from billing.models import Account, BreakerTrip, Tier
-from tests.browser.stage import PASSWORD, Person, Stage, says
+from tests.browser.stage import PASSWORD, Person, Stage, says, totp
 
 
 def sign_in(page: Any, person: Person, *, lands: str = "/") -> None:
@@ -34,11 +32,6 @@ def confirm(page: Any) -> None:
     page.get_by_role("heading", name="Confirm that it is you").wait_for()
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Confirm").click()
-
-
-def totp(secret: str) -> str:
-    """What an authenticator app shows now."""
-    return format_hotp_value(hotp_value(secret, int(time.time()) // 30))
 
 
 def card(page: Any, window: str, what: str) -> Any:
