@@ -21,7 +21,7 @@ from pghistory.core import event_models
 from billing import correction_admin, ledger  # noqa: F401 (registers itself)
 from billing.accounts import make_meter
 from billing.models import Account, AccountSettings, Alert, BreakerTrip, Budget, Hold, Tier
-from billing.money import plain
+from billing.money import UsdField, plain
 from billing.preview_admin import TierPreview
 
 
@@ -40,6 +40,11 @@ def usd(field: str, label: str = "") -> Any:
 
 class ReadOnly(ModelAdmin):
     """Rows that only the ledger writes."""
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        amounts = {one.name for one in self.opts.fields if isinstance(one, UsdField)}
+        names = super().get_fields(request, obj)
+        return [usd(name) if name in amounts else name for name in names]
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
