@@ -40,7 +40,8 @@ def _not_allowed(get_response: GetResponse) -> GetResponse:
 
     def handle(request: HttpRequest) -> HttpResponseBase:
         response = get_response(request)
-        if response.status_code != 405 or getattr(response, "content", b""):
+        said = not isinstance(response, HttpResponse) or response.content
+        if response.status_code != 405 or said:
             return response
         html = render_to_string("405.html", request=request)
         return HttpResponse(html, status=405, headers={"Allow": response["Allow"]})
