@@ -146,6 +146,7 @@ def test_pictures_are_taken_of_every_page_when_asked_and_of_one_always(
         for old in folder.glob("*.webp"):
             old.unlink()
     for one, page in opened(stage, cast, pages):
+        page.evaluate(NO_TRANSITIONS)
         for name, look in LOOKS.items():
             show(page, *look)
             # Charts are drawn, what loads later is there.
