@@ -93,11 +93,11 @@ USAGE_HOURS = """
     FROM usage_logs u JOIN billing_hold h ON h.id = u.request_id
     GROUP BY 1, 2, 3, 4, 5 ORDER BY 2, 1
 """
-USAGE_DAYS = """
-    INSERT INTO swapper_usageday (account_id, day, model_id, task_type_id, own_key, calls,
+USAGE_BY = """
+    INSERT INTO swapper_usage{unit} (account_id, {unit}, model_id, task_type_id, own_key, calls,
         successes, prompt_tokens, completion_tokens, cost, latency_ms)
-    SELECT account_id, (hour AT TIME ZONE 'UTC')::date, model_id, task_type_id, own_key,
-        sum(calls), sum(successes), sum(prompt_tokens), sum(completion_tokens), sum(cost),
+    SELECT account_id, date_trunc('{unit}', hour AT TIME ZONE 'UTC')::date, model_id, task_type_id,
+        own_key, sum(calls), sum(successes), sum(prompt_tokens), sum(completion_tokens), sum(cost),
         sum(latency_ms)
     FROM swapper_usagehour GROUP BY 1, 2, 3, 4, 5 ORDER BY 2, 1
 """
@@ -122,8 +122,8 @@ METERS = """
     ) h
     WHERE h.account_id = m.account_id
 """
-TABLES = """billing_hold, usage_logs, swapper_usagehour, swapper_usageday, billing_accounthour,
-    billing_systemhour"""
+TABLES = """billing_hold, usage_logs, swapper_usagehour, swapper_usageday, swapper_usagemonth,
+    billing_accounthour, billing_systemhour"""
 
 
 def meters() -> str:
@@ -176,7 +176,8 @@ def fill(url: str, plan: Plan, count: int) -> None:
         connection.execute(meters(), params)
         writing.result()
         connection.execute(USAGE_HOURS)
-        connection.execute(USAGE_DAYS)
+        for unit in ("day", "month"):
+            connection.execute(USAGE_BY.format(unit=unit))
         connection.execute(f"VACUUM (ANALYZE) {TABLES}")
         connection.execute("ANALYZE")
         connection.execute("CHECKPOINT")

@@ -21,14 +21,16 @@ from pghistory.core import event_models
 from billing import correction_admin, ledger  # noqa: F401 (registers itself)
 from billing.accounts import make_meter
 from billing.models import Account, AccountSettings, Alert, BreakerTrip, Budget, Tier
-from billing.money import plain
+from billing.money import UsdField, plain
 from billing.preview_admin import TierPreview
 
 
 def usd(field: str, label: str = "") -> Any:
     """A list column with the exact digits of a USD field, without the zeros behind them."""
 
-    @admin.display(description=label or field.replace("_", " "), ordering=field)
+    @admin.display(
+        description=label or field.replace("_", " ").replace("usd", "USD"), ordering=field
+    )
     def column(row: Any) -> str:
         value = getattr(row, field)
         return "–" if value is None else plain(value)
@@ -38,6 +40,11 @@ def usd(field: str, label: str = "") -> Any:
 
 class ReadOnly(ModelAdmin):
     """Rows that only the ledger writes."""
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        amounts = {one.name for one in self.opts.fields if isinstance(one, UsdField)}
+        names = super().get_fields(request, obj)
+        return [usd(name) if name in amounts else name for name in names]
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -176,6 +183,35 @@ class TierAdmin(TierPreview, Audited):
         usd("max_price_per_1k_usd", "dearest model, USD per 1k tokens"),
         "own_keys",
     )
+    fieldsets = (
+        (None, {"fields": ("code", "rank")}),
+        (
+            "Money",
+            {
+                "fields": (
+                    "usd_per_day",
+                    "usd_per_hour",
+                    "usd_per_request",
+                    "max_price_per_1k_usd",
+                    "approval_threshold_usd",
+                ),
+                "description": "System keys alone. An empty limit is no limit.",
+            },
+        ),
+        (
+            "Requests and tokens",
+            {
+                "fields": (
+                    "requests_per_day",
+                    "requests_per_hour",
+                    "requests_per_minute",
+                    "tokens_per_day",
+                    "tokens_per_request",
+                )
+            },
+        ),
+        ("Own keys", {"fields": ("own_keys", "full_provider_config")}),
+    )
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         # Accounts point at tiers, and a request may name one.
@@ -190,11 +226,11 @@ class AccountAdmin(Audited):
     list_display = (
         "external_id",
         "tier",
-        "user",
-        "system_fallback",
         "spent_today",
         "held_today",
         "stopped",
+        "user",
+        "system_fallback",
     )
     list_filter = ("tier",)
     search_fields = ("external_id", "user__username")

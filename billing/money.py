@@ -5,7 +5,9 @@ from __future__ import annotations
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from typing import Any
 
+from django import forms
 from django.db import models
+from django.utils.text import capfirst
 
 PLACES = 10
 QUANTUM = Decimal(1).scaleb(-PLACES)
@@ -34,3 +36,15 @@ class UsdField(models.DecimalField):
         kwargs.setdefault("max_digits", 20)
         kwargs.setdefault("decimal_places", PLACES)
         super().__init__(*args, **kwargs)
+
+    def formfield(self, **kwargs: Any) -> Any:
+        # Django begins a label with a capital, and makes "Usd per day" of it.
+        label = capfirst(self.verbose_name).replace("usd", "USD").replace("Usd", "USD")
+        return super().formfield(**{"form_class": UsdFormField, "label": label, **kwargs})
+
+
+class UsdFormField(forms.DecimalField):
+    """Shows what is stored without the zeros behind it."""
+
+    def prepare_value(self, value: Any) -> Any:
+        return plain(value) if isinstance(value, Decimal) else value

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from django.db import connection
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 
 from billing.budgets import BudgetState
@@ -18,7 +18,7 @@ from keys.checks import LEASE
 from keys.configs import budgets_by_id, config_get, config_json, configs
 from keys.models import Lending
 from keys.providers import ADAPTERS
-from swapper.models import UNUSABLE_KEY, KeyState, Model, Provider
+from swapper.models import UNUSABLE_KEY, KeyState, Model, Provider, UsageHour
 from swapper.own_keys import allows
 
 # The rollup is read this far back; a lending is found by its index, however old it is.
@@ -143,9 +143,16 @@ def lendings(provider: Provider) -> QuerySet[Lending]:
 
 
 def models_of(provider: Provider, search: str) -> QuerySet[Model]:
-    """Its models whose name has ``search`` in it: those in use first, by name."""
+    """Its models whose name has ``search`` in it: those that can be used first, of these what was
+    called in the last days, then by size of context, largest first. A list says of no model how
+    old it is; newer ones take more.
+    """
+    since = timezone.now() - timedelta(days=LOOKED_BACK_DAYS)
+    calls = UsageHour.objects.filter(account=provider.account, own_key=True, hour__gte=since)
+    called, usable = Q(pk__in=calls.values("model_id")), Q(enabled=True, price__isnull=False)
     found = Model.objects.filter(provider=provider).select_related("price")
-    found = found.order_by("-enabled", "name", "id")
+    found = found.annotate(called=called, usable=usable)
+    found = found.order_by("-usable", "-enabled", "-called", "-context_length", "name", "id")
     return found.filter(name__icontains=search) if search else found
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from csp.middleware import CSPMiddleware
-from django.http import HttpRequest, HttpResponseBase
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
+from django.template.loader import render_to_string
 from django_htmx.middleware import HtmxMiddleware
 
 # What programs ask. Its description, beside it under /api/, is a page.
@@ -32,6 +33,23 @@ def for_pages(middleware: Callable[[Any], Any]) -> Callable[[GetResponse], GetRe
 
 htmx = for_pages(HtmxMiddleware)
 content_security_policy = for_pages(CSPMiddleware)
+
+
+def _not_allowed(get_response: GetResponse) -> GetResponse:
+    """A page where Django answers nothing: an address of a form's that is opened as a page."""
+
+    def handle(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        said = not isinstance(response, HttpResponse) or response.content
+        if response.status_code != 405 or said:
+            return response
+        html = render_to_string("405.html", request=request)
+        return HttpResponse(html, status=405, headers={"Allow": response["Allow"]})
+
+    return handle
+
+
+not_allowed = for_pages(_not_allowed)
 
 
 def no_store(get_response: GetResponse) -> GetResponse:

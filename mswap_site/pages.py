@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from django.contrib import messages
-from django.contrib.auth.decorators import login_required
+from django.contrib.auth.views import redirect_to_login
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.urls import Resolver404, resolve, reverse
@@ -18,13 +18,14 @@ from django_htmx.http import HttpResponseClientRedirect
 from billing.models import Account
 from mswap_site.sign_in import confirmation_address
 
+# The name of the address; what a phone leaves out of the label; the label.
 NAVIGATION = (
-    ("overview", "Overview"),
-    ("activity", "Activity"),
-    ("holds", "Holds"),
-    ("keys", "Provider keys"),
-    ("tokens", "Access tokens"),
-    ("settings", "Settings"),
+    ("overview", "", "Overview"),
+    ("activity", "", "Activity"),
+    ("holds", "", "Holds"),
+    ("keys", "Provider", "keys"),
+    ("tokens", "Access", "tokens"),
+    ("settings", "", "Settings"),
 )
 
 
@@ -56,8 +57,9 @@ def account_page(view: View) -> View:
     """Sign-in first; ``request.account`` is the account, and times are in its time zone."""
 
     @wraps(view)
-    @login_required
     def page(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        if not request.user.is_authenticated:
+            return to_sign_in(request)
         account = account_of(request)
         if account is None:
             if getattr(request.user, "is_staff", False):
@@ -67,6 +69,15 @@ def account_page(view: View) -> View:
             return view(request, *args, **kwargs)
 
     return page
+
+
+def to_sign_in(request: HttpRequest) -> HttpResponse:
+    """To the sign-in and back to the page that was open. htmx gets an HX-Redirect: a sign-in that
+    ran out is no part of a page."""
+    htmx = getattr(request, "htmx", None)
+    opened = request.method in ("GET", "HEAD") and not htmx
+    address = redirect_to_login(request.get_full_path() if opened else page_behind(request)).url
+    return HttpResponseClientRedirect(address) if htmx else redirect(address)
 
 
 def password_again(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
@@ -114,8 +125,8 @@ def shell(request: HttpRequest) -> dict[str, Any]:
         # Asked by the templates that use it; the admin's do not.
         "account": partial(account_of, request),
         "navigation": [
-            (name, label, match is not None and match.url_name == name)
-            for name, label in NAVIGATION
+            (name, more, label, match is not None and match.url_name == name)
+            for name, more, label in NAVIGATION
         ],
         "stopped": partial(is_stopped, request),
     }

@@ -103,9 +103,10 @@ INSTALLED_APPS = [
     "keys",
 ]
 MIDDLEWARE = [
-    # These two outside of all others: a refusal by one of those is a page too.
+    # These outside of all others: a refusal by one of those is a page too.
     "mswap_site.page_middleware.content_security_policy",
     "mswap_site.page_middleware.no_store",
+    "mswap_site.page_middleware.not_allowed",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar
 from uuid import UUID
@@ -35,6 +35,8 @@ RECENT = 10
 SHOWN_HOLDS = 100
 PAGE = 25
 EXPORT_PAGE = 5000
+# From here on months say well enough what was used.
+MANY_DAYS = timedelta(days=62)
 
 # Only these of a hold's context: the rest of it is large.
 NAMES = {"task": KT("context__task_type"), "model": KT("context__chain__0__name")}
@@ -426,21 +428,25 @@ def rates_at(price: Price, at: datetime) -> pricing.Period | None:
 def names_used(account_id: int, period: Period) -> dict[str, Sequence[tuple[str, str]]]:
     """The models, providers and task types of an account's usage: (id, name), by name.
 
-    Of the UTC days that ``period`` touches: they are what may be filtered by, no figures.
+    Of the UTC days that ``period`` touches, and of a long one the months: they are what may be
+    filtered by, no figures.
     """
+    unit = "month" if period.end - period.start > MANY_DAYS else "day"
     with connection.cursor() as cursor:
         cursor.execute(
-            """
+            f"""
             SELECT m.id::text, m.name, p.id::text, p.name, t.id::text, t.name
             FROM (
-                SELECT DISTINCT model_id, task_type_id FROM swapper_usageday
-                WHERE account_id = %s AND day >= %s AND day <= %s AND calls > 0
+                SELECT DISTINCT model_id, task_type_id FROM swapper_usage{unit}
+                WHERE account_id = %s AND calls > 0
+                    AND {unit} >= date_trunc(%s, %s::timestamptz, 'UTC') AT TIME ZONE 'UTC'
+                    AND {unit} <= date_trunc(%s, %s::timestamptz, 'UTC') AT TIME ZONE 'UTC'
             ) u
             JOIN models m ON m.id = u.model_id
             JOIN providers p ON p.id = m.provider_id
             LEFT JOIN task_types t ON t.id = u.task_type_id
             """,
-            [account_id, period.start.astimezone(UTC).date(), period.end.astimezone(UTC).date()],
+            [account_id, unit, period.start, unit, period.end],
         )
         rows = cursor.fetchall()
     sides = {"model": (0, 1), "provider": (2, 3), "task_type": (4, 5)}

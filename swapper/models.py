@@ -435,14 +435,14 @@ class UsageLog(models.Model):
         ]
 
 
-class UsageHour(models.Model):
-    """Rollup of usage logs: one account, hour of admission (UTC), model, task and key.
+class Rollup(models.Model):
+    """Calls of an account in a time, by model, task type and whose key.
 
-    Dashboards and GET usage read this, never a scan of usage_logs.
+    A trigger on ``swapper_usagehour`` writes days and months (migration 0007), whoever writes the
+    hours: they agree at every moment, and ``rollups.py`` takes hours from days, days from months.
     """
 
     account = models.ForeignKey(Account, on_delete=models.PROTECT, db_index=False)
-    hour = models.DateTimeField()
     model = models.ForeignKey(Model, on_delete=models.PROTECT, db_index=False)
     task_type = models.ForeignKey(TaskType, null=True, on_delete=models.PROTECT, db_index=False)
     own_key = models.BooleanField()
@@ -454,40 +454,40 @@ class UsageHour(models.Model):
     latency_ms = models.BigIntegerField(help_text="Sum over the calls.")
 
     class Meta:
-        constraints = [
-            models.UniqueConstraint(
-                fields=("account", "hour", "model", "task_type", "own_key"),
-                nulls_distinct=False,
-                name="usage_hour_cell",
-            )
-        ]
+        abstract = True
+
+
+def one_row_per_cell(unit: str) -> models.UniqueConstraint:
+    return models.UniqueConstraint(
+        fields=("account", unit, "model", "task_type", "own_key"),
+        nulls_distinct=False,
+        name=f"usage_{unit}_cell",
+    )
+
+
+class UsageHour(Rollup):
+    """By the hour of admission (UTC). Dashboards and GET usage read rollups, never usage_logs."""
+
+    hour = models.DateTimeField()
+
+    class Meta:
+        constraints = [one_row_per_cell("hour")]
         indexes = [models.Index(fields=("hour", "model"), name="usage_hour_model")]
 
 
-class UsageDay(models.Model):
-    """The usage hours of a UTC day, so that a month's pages read days and not its hours.
+class UsageDay(Rollup):
+    """The usage hours of a UTC day, so that a month's pages read days and not its hours."""
 
-    A trigger on ``swapper_usagehour`` writes it (migration 0006), whoever writes that: the two
-    agree at every moment, and ``rollups.py`` takes hours from days.
-    """
-
-    account = models.ForeignKey(Account, on_delete=models.PROTECT, db_index=False)
     day = models.DateField()
-    model = models.ForeignKey(Model, on_delete=models.PROTECT, db_index=False)
-    task_type = models.ForeignKey(TaskType, null=True, on_delete=models.PROTECT, db_index=False)
-    own_key = models.BooleanField()
-    calls = models.BigIntegerField()
-    successes = models.BigIntegerField()
-    prompt_tokens = models.BigIntegerField()
-    completion_tokens = models.BigIntegerField()
-    cost = UsdField()
-    latency_ms = models.BigIntegerField(help_text="Sum over the calls.")
 
     class Meta:
-        constraints = [
-            models.UniqueConstraint(
-                fields=("account", "day", "model", "task_type", "own_key"),
-                nulls_distinct=False,
-                name="usage_day_cell",
-            )
-        ]
+        constraints = [one_row_per_cell("day")]
+
+
+class UsageMonth(Rollup):
+    """The usage hours of a UTC month, for years."""
+
+    month = models.DateField()  # its first day
+
+    class Meta:
+        constraints = [one_row_per_cell("month")]

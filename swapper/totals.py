@@ -215,7 +215,7 @@ def sums_by(
     """The usage of an account by one of GROUPS (days: UTC) or by ``key``, dearest first."""
     key, label = KEY_GROUP if group_by == "key" else GROUPS[group_by]
     detail = DETAILS.get(group_by, "''")
-    within = usage_params(account_id, [period.start], period.end)
+    within = usage_params(account_id, [period.start], period.end, months=group_by != "day")
     rows = _sums(CELLS[group_by], f"{key}, {label}, {detail}", filters, within)
     if group_by != "day":
         rows.sort(key=lambda row: (-(row.cost + row.own_key_cost), row.name, row.detail))

@@ -31,6 +31,7 @@ from billing.models import (
     Meter,
     Tier,
 )
+from billing.money import plain
 from keys import crypto
 from keys.models import AccessToken, Lending
 from swapper import learned
@@ -410,3 +411,19 @@ def test_staff_who_may_only_look_find_no_field_for_a_key(db: None) -> None:
     assert page.status_code == 200
     assert b"new_api_key" not in page.content
     assert client.post(page_of(provider), {"new_api_key": CANARY}).status_code == 403
+
+
+def test_amounts_in_forms_are_usd_without_the_zeros_behind_them(browser: Client) -> None:
+    form = browser.get(page_of(Tier.objects.get(pk="FREE"))).context["adminform"].form
+    assert form.fields["usd_per_day"].label == "USD per day"
+    assert form["usd_per_day"].value() == "1"
+    assert form["usd_per_hour"].value() == "0.25"
+
+
+def test_amounts_of_the_ledger_are_shown_without_them_too(
+    browser: Client, one_of_each: None
+) -> None:
+    hold = Hold.objects.latest("admitted_at")
+    page = browser.get(page_of(hold)).content.decode()
+    assert f">{plain(hold.held_usd)}<" in page
+    assert "Held USD" in page and f"{hold.held_usd:.10f}" not in page.replace("&quot;", "'")

@@ -361,6 +361,17 @@ def test_an_accounts_checks_in_an_hour_are_counted(alice: Account, bob: Account,
     checks.take_check(alice.pk)
 
 
+def test_no_checks_an_hour_are_none(alice: Account, settings: Any):
+    settings.KEY_CHECKS_PER_HOUR = 1
+    checks.take_check(alice.pk)
+    CheckHour.objects.update(hour=timezone.now() - timedelta(hours=2))
+    settings.KEY_CHECKS_PER_HOUR = 0
+    for _ in range(2):
+        with pytest.raises(checks.CheckLimit):
+            checks.take_check(alice.pk)
+        CheckHour.objects.all().delete()
+
+
 def test_the_number_of_checks_is_exact_under_a_race(
     transactional_db: None, alice: Account, settings: Any
 ):

@@ -20,6 +20,7 @@ from django.utils import timezone
 
 from billing.budgets import budget_set
 from billing.models import Account, Budget, Hold
+from keys.cards import models_of
 from keys.checks import LEASE
 from keys.models import Lending
 from keys.providers import ADAPTERS, Checked, Listed
@@ -654,6 +655,29 @@ def test_models_are_searched_and_paged(browser: Browser, owner: Account):
         response = browser.htmx("get", url("key_models", provider), odd)
         assert response.status_code == 200
         assert b"<b>" not in response.content
+
+
+def test_a_keys_models_begin_with_those_in_use_then_the_largest(owner: Account):
+    provider = own_key(owner)
+    make_model(provider, "ada", "0.001", context_length=2_000)
+    make_model(provider, "zeta", "0.001", context_length=400_000)
+    used = make_model(provider, "old-friend", "0.001", context_length=8_000)
+    make_model(provider, "unpriced", None, context_length=900_000)
+    make_model(provider, "off", "0.001", enabled=False, context_length=900_000)
+    UsageHour.objects.create(
+        account=owner,
+        hour=timezone.now().replace(minute=0, second=0, microsecond=0),
+        model=used,
+        own_key=True,
+        calls=1,
+        successes=1,
+        prompt_tokens=1,
+        completion_tokens=1,
+        cost=0,
+        latency_ms=1,
+    )
+    names = [model.name for model in models_of(provider, "")]
+    assert names == ["old-friend", "zeta", "ada", "unpriced", "off"]
 
 
 def test_a_model_is_disabled_and_enabled(browser: Browser, owner: Account):

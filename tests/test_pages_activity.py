@@ -24,6 +24,7 @@ from billing.budgets import budget_set
 from billing.limits import LIMITS, LimitState
 from billing.models import Account, AccountSettings, Hold, Tier
 from billing.templatetags.money import fine, quantity, short_usd
+from mswap_site.templatetags.times import day as day_filter
 from mswap_site.templatetags.times import span
 from swapper import history, spending
 from swapper.activity import Activity, ActivityForm
@@ -418,6 +419,9 @@ def test_csv_has_exact_decimals_and_utc_times(
     assert (group["model"], group["cost"], group["calls"]) == ("large", "0.00001", "1")
     [day] = read_csv(browser.get("/activity/groups.csv?period=today&group=day"))
     assert day["cost"] == "0.00001"
+    page = browser.get("/activity/?period=today&group=day").content.decode()
+    assert f">{day_filter(day['day'])}</a>" in page
+    assert day_filter("2026-11-03") == "Tue 3 Nov"
 
 
 @pytest.mark.parametrize("name", ['=HYPERLINK("http://x")', "+1", "-1", "@SUM(A1)", "\t=1", "\n=1"])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from billing.models import Account, Hold
 from swapper import spending
 from swapper.days import HOUR, Days, Period
-from swapper.models import UsageDay, UsageHour
+from swapper.models import UsageDay, UsageHour, UsageMonth
 from swapper.rollups import SUMS, usage_params
 from swapper.totals import Filters, UsageSum, by_day, grouped_lines, sums_by
 from swapper.usage import expire_overdue
@@ -51,17 +51,14 @@ def covered(params: dict[str, Any], bucket: int) -> dict[datetime, int]:
     def midnight(day: date) -> datetime:
         return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
-    for first, stop, where in zip(
-        params["days_from"], params["days_to"], params["days_in"], strict=True
-    ):
-        if where == bucket:
-            add(midnight(first), midnight(stop), 1)
-    for begin, end, where, sign in zip(
-        params["hours_from"], params["hours_to"], params["hours_in"], params["hours_sign"],
-        strict=True,
-    ):  # fmt: skip
-        if where == bucket:
-            add(begin, end, sign)
+    for unit in ("months", "days", "hours"):
+        columns = [params[f"{unit}_{name}"] for name in ("from", "to", "in", "sign")]
+        for first, stop, where, sign in zip(*columns, strict=True):
+            assert unit != "months" or first.day == stop.day == 1
+            if where == bucket:
+                if unit != "hours":
+                    first, stop = midnight(first), midnight(stop)
+                add(first, stop, sign)
     return {hour: times for hour, times in hours.items() if times}
 
 
@@ -81,53 +78,61 @@ def test_each_hour_is_counted_once_in_the_day_that_it_begins_in(
     assert all(end - begin <= timedelta(hours=24) for begin, end in read)
 
 
-@given(MOMENTS, st.integers(1, 24 * 40))
+@given(MOMENTS, st.one_of(st.integers(1, 24 * 80), st.integers(1, 24 * 500)), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_a_period_of_any_length_is_counted_once(start: datetime, length: int) -> None:
-    params = usage_params(1, [start], start + length * HOUR)
+def test_a_period_of_any_length_is_counted_once(start: datetime, length: int, months: bool) -> None:
+    params = usage_params(1, [start], start + length * HOUR, months=months)
     assert covered(params, 1) == {start + n * HOUR: 1 for n in range(length)}
+    assert months or not params["months_from"]
+    # However long it is, no more days are read than two halves of a month.
+    read = zip(params["days_from"], params["days_to"], strict=True)
+    assert not months or sum((stop - first).days for first, stop in read) <= 48
 
 
 def test_the_ends_of_time_are_no_error() -> None:
     first, last = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
     params = usage_params(1, [first], last)
-    assert params["days_from"] == [date.min] and params["days_to"] == [date.max]
+    assert params["months_from"] == [date.min] and params["months_to"] == [date(9999, 12, 1)]
+    assert params["days_from"] == [date(9999, 12, 1)] and params["days_to"] == [date.max]
 
 
-def assert_days_are_their_hours() -> None:
+def assert_rollups_are_their_hours() -> None:
     cell = ("account_id", "model_id", "task_type_id", "own_key")
     of_days: dict[tuple[Any, ...], list[Any]] = {}
+    of_months: dict[tuple[Any, ...], list[Any]] = {}
     for hour in UsageHour.objects.all():
-        key = (hour.hour.date(), *(getattr(hour, name) for name in cell))
-        added = of_days.setdefault(key, [0] * len(SUMS))
-        of_days[key] = [n + getattr(hour, name) for n, name in zip(added, SUMS, strict=True)]
-    found = {row[:5]: list(row[5:]) for row in UsageDay.objects.values_list("day", *cell, *SUMS)}
-    assert {key: row for key, row in found.items() if any(row)} == {
-        key: row for key, row in of_days.items() if any(row)
-    }
+        day, of = hour.hour.date(), [getattr(hour, name) for name in cell]
+        for sums, key in ((of_days, (day, *of)), (of_months, (day.replace(day=1), *of))):
+            added = sums.setdefault(key, [0] * len(SUMS))
+            sums[key] = [n + getattr(hour, name) for n, name in zip(added, SUMS, strict=True)]
+    for rollup, unit, sums in ((UsageDay, "day", of_days), (UsageMonth, "month", of_months)):
+        rows = rollup.objects.values_list(unit, *cell, *SUMS)
+        found = {row[:5]: list(row[5:]) for row in rows if any(row[5:])}
+        assert found == {key: row for key, row in sums.items() if any(row)}
 
 
-def test_a_days_row_follows_every_change_of_its_hours(
+def test_days_and_months_follow_every_change_of_their_hours(
     alice: Account, automodel: Caller, shelf: Shelf
 ) -> None:
     selections = [automodel.select(priority="critical").json() for _ in range(4)]
     automodel.report(selections[0])
     automodel.report(selections[1], success=False, error_kind="timeout")
-    assert_days_are_their_hours()
+    assert_rollups_are_their_hours()
     # Nobody reports the third in time, and then somebody does, of another model.
     for selection in selections[2:]:
         hold = Hold.objects.get(pk=selection["request_id"])
         edit(hold, expires_at=timezone.now() - timedelta(minutes=1))
     assert expire_overdue() == 2
-    assert_days_are_their_hours()
+    assert_rollups_are_their_hours()
     automodel.report(selections[2], model_id=selections[2]["fallback_models"][0]["id"])
-    assert_days_are_their_hours()
+    assert_rollups_are_their_hours()
     assert UsageDay.objects.aggregate(calls=Sum("calls")) == {"calls": 4}
-    UsageHour.objects.update(hour=F("hour") - timedelta(days=1), calls=F("calls") + 1)
-    assert_days_are_their_hours()
+    UsageHour.objects.update(hour=F("hour") - timedelta(days=45), calls=F("calls") + 1)
+    assert_rollups_are_their_hours()
     UsageHour.objects.all().delete()
-    assert_days_are_their_hours()
-    assert not any(row.calls or row.cost for row in UsageDay.objects.all())
+    assert_rollups_are_their_hours()
+    for rollup in (UsageDay, UsageMonth):
+        assert not rollup.objects.exclude(calls=0, cost=0).exists()
 
 
 def scatter(account: Account, shelf: Shelf, first: datetime, hours: int, seed: int) -> None:
@@ -207,6 +212,20 @@ def test_pages_and_the_api_name_the_same_amounts(
     # UTC days: the first and the last one are cut where the period is.
     first = [r.cost for r in rows if r.hour.date() == date(2026, 3, 1) and not r.own_key]
     assert sums_by(alice.pk, period, "day")[0].cost == sum(first, Decimal(0))
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Pacific/Chatham"])
+def test_a_year_of_months_comes_to_its_hours(alice: Account, shelf: Shelf, zone: str) -> None:
+    days = Days(date(2025, 1, 20), date(2026, 1, 12), ZoneInfo(zone))
+    start, end = days.period.start, days.period.end
+    scatter(alice, shelf, start - 40 * HOUR, (end - start) // HOUR + 80, seed=3)
+    rows = [r for r in UsageHour.objects.all() if start <= r.hour < end]
+    figures = (sum(r.calls for r in rows), sum((r.cost for r in rows), Decimal(0)))
+    for group in ("model", "task_type", "key", "day"):
+        total = UsageSum.total(sums_by(alice.pk, days.period, group))
+        assert (total.calls, total.cost + total.own_key_cost) == figures, group
+    of_days = UsageSum.total(by_day(alice.pk, days))
+    assert (of_days.calls, of_days.cost + of_days.own_key_cost) == figures
 
 
 def test_days_are_read_by_their_index(alice: Account, shelf: Shelf) -> None:

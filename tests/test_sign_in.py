@@ -264,6 +264,15 @@ def test_htmx_is_sent_there_as_a_whole_page(alice: Account, client: Client):
     assert response["HX-Redirect"] == "/accounts/reauthenticate/?next=%2Ftokens%2F%3Fx%3D1"
 
 
+def test_a_sign_in_that_ran_out_leads_back_to_the_page(db: None, client: Client):
+    at = "http://testserver/activity/?x=1"
+    polled = client.get("/", headers={"HX-Request": "true", "HX-Current-URL": at})
+    assert polled["HX-Redirect"] == "/accounts/login/?next=/activity/%3Fx%3D1"
+    sent = client.post("/stop/go-on/", headers={"Referer": "http://testserver/stop/"})
+    assert sent["Location"] == "/accounts/login/?next=/stop/"
+    assert client.get("/keys/?x=1")["Location"] == "/accounts/login/?next=/keys/%3Fx%3D1"
+
+
 @pytest.mark.parametrize("url", ["https://evil.test/", "//evil.test", "javascript:x", "/nowhere/"])
 def test_the_way_back_is_a_page_of_ours(url: str):
     request = RequestFactory().post("/tokens/new/", headers={"Referer": url})

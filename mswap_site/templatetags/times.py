@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 
 from django import template
 
@@ -43,6 +43,13 @@ def took(end: datetime, start: datetime) -> str:
     length = end - start
     short = length < timedelta(minutes=1)
     return latency(int(length.total_seconds() * 1000)) if short else span(length)
+
+
+@register.filter
+def day(iso: str) -> str:
+    """``2026-11-23`` as ``Mon 23 Nov``: no list of days is longer than a year."""
+    found = date.fromisoformat(iso)
+    return f"{found:%a} {found.day} {found:%b}"
 
 
 @register.filter

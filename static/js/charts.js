@@ -3,7 +3,7 @@
 (() => {
   const OTHER = "Other models", CORRECTIONS = "Corrections";
   const charts = new Map();
-  const palette = new Map(); // a model has one colour in every chart
+  const palette = new Map(); // a model's colour in the chart that had it first
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const usd = (value) => {
     if (value === 0) return "$0";
@@ -11,23 +11,42 @@
     if (Math.abs(value) < 0.01) return "$" + Number(value.toPrecision(2)).toString();
     return "$" + value.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
   };
-  const tick = (value) => (value < 0 ? "−$" : "$") + Math.abs(value).toLocaleString("en-US", { maximumFractionDigits: 8 });
+  // The ticks of an axis have as many decimals as the finest of them, cents at least.
+  const decimals = (value) => value.toFixed(10).replace(/0+$/, "").split(".")[1].length;
+  const tick = (value, _, ticks) => {
+    const places = Math.max(2, ...ticks.map((one) => decimals(one.value)));
+    return (value < 0 ? "−$" : "$") + Math.abs(value).toFixed(places);
+  };
 
-  function colour(label) {
-    if (label === OTHER) return style("--series-other");
-    if (label === CORRECTIONS) return style("--soft");
-    if (!palette.has(label)) palette.set(label, (palette.size % 5) + 1);
-    return style(`--series-${palette.get(label)}`);
+  // No two models of a chart share a colour; one that another chart has keeps its own if it can.
+  function colours(labels) {
+    const models = labels.filter((label) => label !== OTHER && label !== CORRECTIONS);
+    const taken = new Map();
+    for (const label of models) {
+      const known = palette.get(label);
+      if (known && ![...taken.values()].includes(known)) taken.set(label, known);
+    }
+    for (const label of models) {
+      if (taken.has(label)) continue;
+      const used = [...taken.values()];
+      const free = [1, 2, 3, 4, 5].find((number) => !used.includes(number)) ?? 5;
+      taken.set(label, free);
+      if (!palette.has(label)) palette.set(label, free);
+    }
+    return (label) => style(label === OTHER ? "--series-other"
+      : label === CORRECTIONS ? "--soft" : `--series-${taken.get(label)}`);
   }
 
   function read(table) {
     const rows = [...table.tBodies[0].rows];
+    const series = [...table.querySelectorAll("th[data-series]")].map((head) => head.textContent.trim());
+    const colour = colours(series);
     return {
       labels: rows.map((row) => row.cells[0].textContent.trim()),
-      datasets: [...table.querySelectorAll("th[data-series]")].map((head, column) => ({
-        label: head.textContent.trim(),
+      datasets: series.map((label, column) => ({
+        label,
         data: rows.map((row) => Number(row.cells[column + 1].dataset.usd)),
-        backgroundColor: colour(head.textContent.trim()),
+        backgroundColor: colour(label),
         borderColor: style("--card"),
         borderWidth: { top: 1 },
         maxBarThickness: 28,

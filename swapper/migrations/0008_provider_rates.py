@@ -8,7 +8,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("swapper", "0007_usage_day"),
+        ("swapper", "0007_rollups"),
     ]
 
     operations = [

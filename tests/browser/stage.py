@@ -21,6 +21,7 @@ from typing import Any
 
 from allauth.account.internal.flows.login import record_authentication
 from allauth.account.models import EmailAddress
+from allauth.mfa.totp.internal.auth import format_hotp_value, hotp_value
 from django.conf import settings
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
@@ -180,6 +181,11 @@ class Stage:
 def says(locator: Any, words: str) -> None:
     """Wait until ``words`` are seen there."""
     locator.get_by_text(words).first.wait_for(state="visible")
+
+
+def totp(secret: str) -> str:
+    """What an authenticator app shows now."""
+    return format_hotp_value(hotp_value(secret, int(time.time()) // 30))
 
 
 @cache

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from decimal import Decimal
 from typing import Any
 
 from allauth.account.models import EmailAddress
-from allauth.mfa.totp.internal.auth import format_hotp_value, hotp_value
 from playwright.sync_api import expect
 
-from billing.models import Account, BreakerTrip
-from tests.browser.stage import PASSWORD, Person, Stage, says
+from billing.models import Account, BreakerTrip, Tier
+from tests.browser.stage import PASSWORD, Person, Stage, says, totp
 
 
 def sign_in(page: Any, person: Person, *, lands: str = "/") -> None:
@@ -34,11 +32,6 @@ def confirm(page: Any) -> None:
     page.get_by_role("heading", name="Confirm that it is you").wait_for()
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Confirm").click()
-
-
-def totp(secret: str) -> str:
-    """What an authenticator app shows now."""
-    return format_hotp_value(hotp_value(secret, int(time.time()) // 30))
 
 
 def card(page: Any, window: str, what: str) -> Any:
@@ -230,3 +223,32 @@ def test_an_export_holds_every_call_to_the_last_digit(stage: Stage):
     shown = page.locator("tfoot td.number [title]").first.get_attribute("title")
     assert shown.removeprefix("$") == f"{total.normalize():f}"
     assert sum(int(row["calls"]) for row in groups) == 30
+
+
+def test_staff_see_what_a_tiers_change_would_have_refused_before_it_is_saved(stage: Stage):
+    # A tier of its own: what others do at the same time is not in its replay.
+    tier = Tier.objects.create(code="TABBY", rank=120, requests_per_day=50, requests_per_hour=50)
+    person = stage.person("tabitha", "TABBY")
+    stage.spend(person, 5)
+    page = stage.page(stage.person("stacy", is_staff=True, is_superuser=True))
+    page.goto("/admin/billing/tier/TABBY/change/")
+    page.get_by_label("Requests per day").fill("2")
+    page.get_by_role("button", name="Preview").click()
+    preview = page.locator("#preview")
+    says(preview, "nothing is saved yet")
+    says(preview, "With these limits the last 30 days would have refused 3 of 5 requests")
+    says(preview, "The limits as they are now would have refused 0")
+    row = preview.get_by_role("row").filter(has_text="Request limit per day")
+    assert row.get_by_role("cell").all_inner_texts() == ["50", "2", "0", "3"]
+    says(preview, "tabitha")
+    tier.refresh_from_db()
+    assert tier.requests_per_day == 50
+    stage.spend(person)
+
+    # What was previewed is still in the form.
+    page.get_by_role("button", name="Save", exact=True).click()
+    says(page, "was changed successfully")
+    tier.refresh_from_db()
+    assert (tier.requests_per_day, tier.requests_per_hour) == (2, 50)
+    refused = stage.select(person)
+    assert (refused.status, refused.json["error"]["limit"]) == (429, "requests_per_day")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from tests.browser.stage import PASSWORD, Stage, says
+from billing.models import Account, Tier
+from tests.browser.stage import PASSWORD, Stage, says, totp
 
 KEY = "sk-EXAMPLE-keyboard-0123456789abcd-WXYZ"
 # The element with the focus, or one around it, is drawn with an outline of two pixels at least,
@@ -100,6 +102,62 @@ def test_by_keyboard_alone_one_signs_in_adds_a_key_makes_a_token_and_lifts_a_sto
     keyboard.space("input[name=seen]")
     keyboard.enter("main button")
     says(page, "Requests are admitted again.")
+
+
+def test_by_keyboard_alone_one_signs_up_sets_up_a_second_factor_and_exports(stage: Stage):
+    page = stage.page()
+    keyboard = Keyboard(page)
+    page.goto("/")
+    keyboard.enter("main a[href*='/signup/']")
+    keyboard.write("input[name=email]", "keira@example.test")
+    keyboard.write("input[name=password1]", PASSWORD)
+    keyboard.write("input[name=password2]", PASSWORD)
+    keyboard.enter()
+    says(page, "Your tier: FREE")
+    link = re.search(r"/accounts/confirm-email/\S+", stage.mail_to("keira@example.test", "Confirm"))
+    assert link is not None
+    page.goto(link[0])
+    keyboard.enter("main button")
+
+    keyboard.enter("a[href='/settings/']")
+    keyboard.enter("a[href='/accounts/2fa/']")
+    keyboard.enter("main a[href*='/totp/']")
+    keyboard.write("input[name=password]", PASSWORD)
+    keyboard.enter()
+    secret = page.get_by_label("Or enter this secret").input_value()
+    keyboard.write("input[name=code]", totp(secret))
+    keyboard.enter()
+    says(page, "Two-factor sign-in is on.")
+
+    account = Account.objects.get(user__email="keira@example.test")
+    asked = {"user_id": account.external_id, "task_type": "chat", "estimated_tokens": 1000}
+    stage.report(stage.post("select-model", asked).json, prompt_tokens=9000, completion_tokens=1000)
+    keyboard.enter("a[href='/']")
+    says(page.locator("#live"), "Your token limit per day is used up.")
+    keyboard.enter("main a[href^='/requests/']")
+    says(page, "Held and charged")
+    keyboard.enter("a[href='/activity/']")
+    keyboard.tab_to("a[href*='calls.csv']")
+    with page.expect_download() as calls:
+        page.keyboard.press("Enter")
+    assert len(calls.value.path().read_text().splitlines()) == 2
+
+
+def test_by_keyboard_alone_staff_preview_a_tiers_change_and_save_it(stage: Stage):
+    tier = Tier.objects.create(code="MANX", rank=130, requests_per_day=50)
+    stage.spend(stage.person("mia", "MANX"), 2)
+    page = stage.page(stage.person("kit", is_staff=True, is_superuser=True))
+    keyboard = Keyboard(page)
+    page.goto("/admin/billing/tier/MANX/change/")
+    keyboard.tab()
+    page.keyboard.press("Enter")  # past the list of all pages
+    keyboard.write("input[name=requests_per_day]", "1")
+    keyboard.enter("input[name=_preview]")
+    says(page, "would have refused 1 of 2 requests")
+    keyboard.enter("input[name=_save]")
+    says(page, "was changed successfully")
+    tier.refresh_from_db()
+    assert tier.requests_per_day == 1
 
 
 def test_the_first_stop_skips_to_the_content(stage: Stage):

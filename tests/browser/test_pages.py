@@ -45,7 +45,7 @@ NO_TRANSITIONS = """() => {
 # What sticks out, but not what scrolls in a box of its own.
 TOO_WIDE = """() => document.scrollingElement.scrollWidth <= innerWidth ? [] :
   [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth
-    && !e.parentElement.closest(".table, .nav, .side, .results"))
+    && !e.parentElement.closest(".table, .results"))
   .slice(0, 5).map(e => e.outerHTML.slice(0, 90))"""
 
 
@@ -146,6 +146,7 @@ def test_pictures_are_taken_of_every_page_when_asked_and_of_one_always(
         for old in folder.glob("*.webp"):
             old.unlink()
     for one, page in opened(stage, cast, pages):
+        page.evaluate(NO_TRANSITIONS)
         for name, look in LOOKS.items():
             show(page, *look)
             # Charts are drawn, what loads later is there.
