@@ -22,11 +22,12 @@ import numpy as np
 from django.conf import settings
 from django.db import connection, transaction
 
+from swapper import everywhere
 from swapper.learning.breakers import Breaker, Forced, Times
 from swapper.learning.cells import MEMORY, Cell
 from swapper.learning.drift import Drift
 from swapper.learning.holds import Ratios
-from swapper.learning.state import Changed, Learned
+from swapper.learning.state import Changed, Global, Learned
 from swapper.models import BreakerEvent
 from swapper.selection import Knowledge, Table
 
@@ -51,6 +52,10 @@ SELECT 'cell', p.model_id::text, json_build_array(t.name, p.good, p.bad, p.sampl
     extract(epoch FROM p.last_success_at)::float8, extract(epoch FROM p.last_failure_at)::float8,
     p.before, p.before_weight, p.success_rate::float8)::text, p.version
 FROM task_performance p JOIN task_types t ON t.id = p.task_type_id WHERE p.version > %(version)s
+UNION ALL
+SELECT 'global', task_type, json_build_array(provider_type, model_name, good, weight, sample_size,
+    installations)::text, version
+FROM global_performance WHERE version > %(version)s
 """
 
 # The success rate is over all outcomes ever counted: the rows' and the new ones'.
@@ -112,6 +117,9 @@ class Copy:
         for kind, key, state, version in rows:
             if kind == "cell":
                 self._put_cell(key, msgspec.json.decode(state), new=not version)
+            elif kind == "global":
+                provider_type, name, *figures = msgspec.json.decode(state)
+                self.learned.put_global((key, provider_type, name), Global(*figures))
             else:
                 self.rows(kind)[key] = msgspec.json.decode(state, type=KINDS[kind])
             self.version = max(self.version, version)
@@ -187,14 +195,22 @@ def save(
     if not cells and not states:
         return
     with connection.cursor() as cursor:
-        cursor.execute("SELECT nextval('swapper_learned_version')")
-        [version] = cursor.fetchone()
+        version = next_version()
         if cells:
             text = msgspec.json.encode(cells).decode()
             cursor.execute(SAVE_CELLS, {"cells": text, "version": version})
+            everywhere.add_up_cells(((row["task"], row["model"]) for row in cells), version)
         if states:
             text = msgspec.json.encode(states).decode()
             cursor.execute(SAVE_STATES, {"states": text, "version": version})
+
+
+def next_version() -> int:
+    """Of the rows that are about to be written, within ``changing``."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT nextval('swapper_learned_version')")
+        [version] = cursor.fetchone()
+    return int(version)
 
 
 def save_breakers(breakers: Mapping[tuple[str, str], Breaker]) -> None:
@@ -283,6 +299,12 @@ class Serving:
             breaker is not None and breaker.standing(now) == "half_open"
             for breaker in (learned.models.get(model), learned.providers.get(provider))
         )
+
+    @contextmanager
+    def reading(self) -> Iterator[Copy]:
+        """All that this process knows, to be read only, and left alone by refreshes meanwhile."""
+        with self._lock:
+            yield self._copy
 
     def factors(self, account_id: int, task: str) -> tuple[float, float]:
         """By how much the account's estimates of (prompt, completion) tokens grow for a hold."""

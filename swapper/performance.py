@@ -1,0 +1,214 @@
+"""GET models/performance: what is known of each system model, of this process's own memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+from django.conf import settings
+
+from billing.money import PLACES, plain
+from mswap_site.errors import Invalid
+from swapper import totals
+from swapper.catalogue import Snapshot, catalogue
+from swapper.learned import Copy, ratio_key, serving
+from swapper.learning.breakers import Breaker
+from swapper.learning.cells import Cell
+from swapper.learning.holds import Ratios
+from swapper.selection import ModelCard
+
+# What the last seven days showed is added up this often at most: it is read from many rows.
+RECENT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the answer is limited to: a task type, a model (name or id), a provider (type, name or
+    id); None: all."""
+
+    task_type: str | None = None
+    model: str | None = None
+    provider: str | None = None
+
+    def takes(self, card: ModelCard) -> bool:
+        provider = (card.provider_type, card.provider_name, card.provider_id)
+        return self.model in (None, card.name, card.id) and (
+            self.provider is None or self.provider.casefold() in map(str.casefold, provider)
+        )
+
+    def takes_task(self, name: str | None) -> bool:
+        return self.task_type in (None, name)
+
+
+def performance(snapshot: Snapshot, asked: Asked, account: Any) -> dict[str, Any]:
+    """The answer; ``account``: a row of context.ACCOUNT_CONTEXT, or None for nobody's figures.
+
+    Raises Invalid where there is no such task type.
+    """
+    tasks = snapshot.tasks
+    if asked.task_type is not None and asked.task_type not in tasks:
+        raise Invalid(
+            f"There is no task type “{asked.task_type}”.",
+            field="task_type",
+            task_types=sorted(tasks),
+        )
+    cards = [card for card in snapshot.table.cards if asked.takes(card)]
+    measured = recent.read()
+    now = time.time()
+    with serving.reading() as copy:
+        learned = copy.learned
+        cells = cells_by_model(snapshot, asked, copy)
+        providers = {card.provider_id: card for card in cards}
+        return {
+            "models": [
+                {
+                    **card.as_json(),
+                    "capabilities": sorted(card.capabilities),
+                    "context_length": card.context_length,
+                    "cost_per_1k_prompt_tokens": f"{card.prompt_per_1k:f}",
+                    "cost_per_1k_completion_tokens": f"{card.completion_per_1k:f}",
+                    "reliability": str(card.reliability),
+                    "avg_latency_ms": card.latency_ms,
+                    "tasks": cells.get(card.id, []),
+                    "got_worse_at": got_worse_at(copy, card.id),
+                    "breaker": breaker_json(learned.models.get(card.id), now),
+                    "last_7_days": [
+                        cell
+                        for cell in measured.get(card.id, ())
+                        if asked.takes_task(cell["task_type"])
+                    ],
+                }
+                for card in cards
+            ],
+            "providers": [
+                {
+                    "id": card.provider_id,
+                    "name": card.provider_name,
+                    "provider_type": card.provider_type,
+                    "breaker": breaker_json(learned.providers.get(card.provider_id), now),
+                }
+                for card in sorted(providers.values(), key=lambda card: card.provider_name)
+            ],
+            "account": account and account.external_id,
+            "token_factors": account
+            and token_factors(copy, account.account_id, filter(asked.takes_task, sorted(tasks))),
+            "catalogue_age_seconds": round(catalogue.age_seconds, 3),
+        }
+
+
+def cells_by_model(snapshot: Snapshot, asked: Asked, copy: Copy) -> dict[str, list[dict[str, Any]]]:
+    """By model id, what is known of it at each task of which anything is, here or elsewhere."""
+    table, learned = snapshot.table, copy.learned
+    beliefs = learned.beliefs(table)
+    elsewhere, weight_elsewhere = beliefs.elsewhere()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for task, row in beliefs.row.items():
+        if not asked.takes_task(task):
+            continue
+        quality, weight = beliefs.of(task)
+        deviation = np.sqrt(quality * (1 - quality) / (weight + 1))
+        known = (beliefs.observations[row] > 0) | (weight_elsewhere[row] > 0)
+        for column in np.flatnonzero(known).tolist():
+            card = table.cards[column]
+            if not asked.takes(card):
+                continue
+            cell = learned.cells.get((task, card.id), Cell())
+            name = learned.globals.get((task, card.provider_type, card.name))
+            cost = cell.cost_usd
+            found.setdefault(card.id, []).append(
+                {
+                    "task_type": task,
+                    "quality": round(float(quality[column]), 4),
+                    "deviation": round(float(deviation[column]), 4),
+                    "observations": cell.observations,
+                    "avg_latency_ms": round(float(beliefs.latency_ms[row, column])),
+                    "avg_cost": None if cost is None else plain(round(Decimal(cost), PLACES)),
+                    "last_success_at": moment(cell.last_success_at),
+                    "last_failure_at": moment(cell.last_failure_at),
+                    "elsewhere": {
+                        "quality": round(float(elsewhere[row, column]), 4),
+                        "weight": round(float(weight_elsewhere[row, column]), 1),
+                        "installations": name.installations,
+                    }
+                    if name and weight_elsewhere[row, column]
+                    else None,
+                }
+            )
+    return found
+
+
+def breaker_json(breaker: Breaker | None, now: float) -> dict[str, Any]:
+    """Who is left alone, why and since when. What staff said of it is for staff."""
+    breaker = breaker or Breaker()
+    limited = now < breaker.limited_until
+    if breaker.forced is not None:
+        reason: str | None = "set by staff"
+    elif limited:
+        reason = "rate limited"
+    else:
+        reason = breaker.reason or None
+    return {
+        "state": breaker.standing(now),
+        "reason": reason,
+        "since": moment(breaker.since),
+        "until": moment(breaker.limited_until if limited else breaker.until)
+        if breaker.forced is None and (limited or breaker.tripped)
+        else None,
+        "times_tripped": breaker.trips,
+    }
+
+
+def got_worse_at(copy: Copy, model: str) -> datetime | None:
+    """When its answers got worse, for as long as they are."""
+    watch = copy.learned.drifts.get(model)
+    return moment(watch.alarmed_at) if watch and watch.fell_to is not None else None
+
+
+def token_factors(copy: Copy, account_id: int, tasks: Iterable[str]) -> list[dict[str, Any]]:
+    """By how much the account's holds outgrow its estimates, and where it estimates too much."""
+    return [
+        {
+            "task_type": task,
+            "tokens": side,
+            "factor": round(ratios.factor, 4),
+            "typical": round(ratios.quantile(0.5), 4),
+            "observations": ratios.observations,
+            "overestimates": ratios.overestimates,
+        }
+        for task in tasks
+        for side in ("prompt", "completion")
+        if (ratios := copy.ratios.get(ratio_key(account_id, task, side), Ratios())).observations
+    ]
+
+
+def moment(seconds: float | None) -> datetime | None:
+    if seconds is None or math.isinf(seconds):
+        return None
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+class Recent:
+    """What calls showed lately, by model id, as this process last read it."""
+
+    def __init__(self) -> None:
+        self._read_at = -math.inf
+        self._found: dict[str, list[dict[str, Any]]] = {}
+
+    def read(self) -> Mapping[str, list[dict[str, Any]]]:
+        now = time.monotonic()
+        # Without a thread for the catalogue everything is read at each use.
+        if now - self._read_at > RECENT_SECONDS or not settings.CATALOGUE_POLL_SECONDS:
+            found: dict[str, list[dict[str, Any]]] = {}
+            for (model_id, _), cell in totals.performance().items():
+                found.setdefault(model_id, []).append(cell)
+            self._read_at, self._found = now, found
+        return self._found
+
+
+recent = Recent()
