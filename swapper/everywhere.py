@@ -35,7 +35,7 @@ WHERE p.account_id IS NULL AND c.sample_size > 0
 # Averages over calls; 0 ms is "not known".
 AVERAGES = """
     COALESCE(round(sum(success_rate * sample_size) / sum(sample_size), 12), 0) AS success_rate,
-    COALESCE(round(sum(avg_latency * sample_size::numeric) FILTER (WHERE avg_latency > 0)
+    COALESCE(round(sum(avg_latency * sample_size::numeric)
         / sum(sample_size) FILTER (WHERE avg_latency > 0)), 0) AS avg_latency,
     COALESCE(round(sum(avg_cost * sample_size) / sum(sample_size), 12), 0) AS avg_cost,
     LEAST(COALESCE(sum(sample_size), 0), 2147483647) AS sample_size,

@@ -116,8 +116,6 @@ def cells_by_model(snapshot: Snapshot, asked: Asked, copy: Copy) -> dict[str, li
         known = (beliefs.observations[row] > 0) | (weight_elsewhere[row] > 0)
         for column in np.flatnonzero(known).tolist():
             card = table.cards[column]
-            if not asked.takes(card):
-                continue
             cell = learned.cells.get((task, card.id), Cell())
             name = learned.globals.get((task, card.provider_type, card.name))
             cost = cell.cost_usd

@@ -190,6 +190,7 @@ def test_others_figures_are_only_where_untried_models_begin(
     assert chosen(automodel) == "large"
     take_in(shared(tmp_path / "theirs.json", {**CELL, "weight": 1e8, "calls": 10**9}))
     assert chosen(automodel) != "large"
+    assert GlobalPerformance.objects.get().weight == 200
     for _ in range(40):
         use(automodel, quality=1.0)
     learn()
@@ -224,6 +225,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "negative calls": ({"calls": 0}, "cells[1].calls"),
     "no name": ({"model_name": ""}, "cells[1].model_name"),
     "infinite": ({"avg_cost_usd": "Infinity"}, "cells[1]"),
+    "not a number": ({"avg_cost_usd": "NaN"}, "cells[1]"),
     "text": ({"weight": "many"}, "cells[1].weight"),
     "twice": ({}, "more than once"),
 }
@@ -263,11 +265,13 @@ def test_neither_ones_own_file_nor_none_is_taken_in(db: None, tmp_path: Path):
 
 
 def test_an_import_reaches_the_other_processes_as_what_changed(
-    db: None, shelf: Shelf, tmp_path: Path
+    automodel: Caller, alice: Account, shelf: Shelf, tmp_path: Path
 ):
+    use(automodel)
+    learn()
     copy = Copy()
     copy.refresh()
     take_in(shared(tmp_path / "theirs.json", CELL))
     assert copy.refresh() and not copy.refresh()
     found = copy.learned.globals["chat", "openai", "large"]
-    assert found.good == pytest.approx(15) and (found.weight, found.observations) == (150, 300)
+    assert found.good == pytest.approx(16) and (found.weight, found.observations) == (151, 301)
