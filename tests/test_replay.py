@@ -162,6 +162,18 @@ def test_a_model_without_a_price_takes_no_part_and_is_named(
     assert "left out, without a price: middling" in capsys.readouterr().out
 
 
+def test_where_nothing_is_worth_its_price_no_share_is_made_up(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+):
+    files[1].write_text(
+        "model,input_price_per_m,output_price_per_m\ndear,90000,90000\ncheap,90000,90000\n"
+    )
+    call_command("replay_routing", files[0], prices=files[1], requests=100, seeds=1, processes=1)
+    text = capsys.readouterr().out
+    assert "| share of the oracle's utility | – | ≥ 0.950 | no figure |" in text
+    assert "--cost-weight" in text
+
+
 @pytest.mark.parametrize(
     ("arrivals", "message"),
     [
