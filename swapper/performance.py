@@ -17,14 +17,17 @@ from billing.money import PLACES, plain
 from mswap_site.errors import Invalid
 from swapper import totals
 from swapper.catalogue import Snapshot, catalogue
-from swapper.learned import Copy, ratio_key, serving
+from swapper.learned import ratio_key, serving
 from swapper.learning.breakers import Breaker
 from swapper.learning.cells import Cell
+from swapper.learning.drift import Drift
 from swapper.learning.holds import Ratios
-from swapper.selection import ModelCard
+from swapper.learning.state import Global, TaskModel, TaskName
+from swapper.selection import Floats, ModelCard, Table
 
 # What the last seven days showed is added up this often at most: it is read from many rows.
 RECENT_SECONDS = 60.0
+UNTRIED = Cell()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,81 +63,131 @@ def performance(snapshot: Snapshot, asked: Asked, account: Any) -> dict[str, Any
         )
     cards = [card for card in snapshot.table.cards if asked.takes(card)]
     measured = recent.read()
-    now = time.time()
-    with serving.reading() as copy:
-        learned = copy.learned
-        cells = cells_by_model(snapshot, asked, copy)
-        providers = {card.provider_id: card for card in cards}
-        return {
-            "models": [
-                {
-                    **card.as_json(),
-                    "capabilities": sorted(card.capabilities),
-                    "context_length": card.context_length,
-                    "cost_per_1k_prompt_tokens": f"{card.prompt_per_1k:f}",
-                    "cost_per_1k_completion_tokens": f"{card.completion_per_1k:f}",
-                    "reliability": str(card.reliability),
-                    "avg_latency_ms": card.latency_ms,
-                    "tasks": cells.get(card.id, []),
-                    "got_worse_at": got_worse_at(copy, card.id),
-                    "breaker": breaker_json(learned.models.get(card.id), now),
-                    "last_7_days": [
-                        cell
-                        for cell in measured.get(card.id, ())
-                        if asked.takes_task(cell["task_type"])
-                    ],
-                }
-                for card in cards
-            ],
-            "providers": [
-                {
-                    "id": card.provider_id,
-                    "name": card.provider_name,
-                    "provider_type": card.provider_type,
-                    "breaker": breaker_json(learned.providers.get(card.provider_id), now),
-                }
-                for card in sorted(providers.values(), key=lambda card: card.provider_name)
-            ],
-            "account": account and account.external_id,
-            "token_factors": account
-            and token_factors(copy, account.account_id, filter(asked.takes_task, sorted(tasks))),
-            "catalogue_age_seconds": round(catalogue.age_seconds, 3),
-        }
+    known, now = Known.of(snapshot.table, asked, account and account.account_id, tasks), time.time()
+    cells = cells_by_model(snapshot.table, asked, known)
+    providers = {card.provider_id: card for card in cards}
+    return {
+        "models": [
+            {
+                **card.as_json(),
+                "capabilities": sorted(card.capabilities),
+                "context_length": card.context_length,
+                "cost_per_1k_prompt_tokens": f"{card.prompt_per_1k:f}",
+                "cost_per_1k_completion_tokens": f"{card.completion_per_1k:f}",
+                "reliability": str(card.reliability),
+                "avg_latency_ms": card.latency_ms,
+                "tasks": cells.get(card.id, []),
+                "got_worse_at": got_worse_at(known.drifts.get(card.id)),
+                "breaker": breaker_json(known.models.get(card.id), now),
+                "last_7_days": [
+                    cell
+                    for cell in measured.get(card.id, ())
+                    if asked.takes_task(cell["task_type"])
+                ],
+            }
+            for card in cards
+        ],
+        "providers": [
+            {
+                "id": card.provider_id,
+                "name": card.provider_name,
+                "provider_type": card.provider_type,
+                "breaker": breaker_json(known.providers.get(card.provider_id), now),
+            }
+            for card in sorted(providers.values(), key=lambda card: card.provider_name)
+        ],
+        "account": account and account.external_id,
+        "token_factors": None
+        if account is None
+        else [factor_json(task, side, ratios) for (task, side), ratios in known.ratios.items()],
+        "catalogue_age_seconds": round(catalogue.age_seconds, 3),
+    }
 
 
-def cells_by_model(snapshot: Snapshot, asked: Asked, copy: Copy) -> dict[str, list[dict[str, Any]]]:
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A task's row of ``learning.state.Beliefs``: arrays, one entry per model."""
+
+    quality: Floats
+    weight: Floats
+    latency_ms: Floats
+    elsewhere: Floats
+    elsewhere_weight: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What this process knows at one moment, copied, so that selections need not wait for the
+    answer to be made of it. ``ratios``: the account's, by (task type, side)."""
+
+    rows: dict[str, Row]
+    cells: dict[TaskModel, Cell]
+    names: dict[TaskName, Global]
+    drifts: dict[str, Drift]
+    models: dict[str, Breaker]
+    providers: dict[str, Breaker]
+    ratios: dict[tuple[str, str], Ratios]
+
+    @classmethod
+    def of(cls, table: Table, asked: Asked, account_id: int | None, tasks: Iterable[str]) -> Known:
+        wanted = [(task, side) for task in sorted(tasks) for side in ("prompt", "completion")]
+        with serving.reading() as copy:
+            learned = copy.learned
+            beliefs = learned.beliefs(table)
+            quality, weight = beliefs.elsewhere()
+            return cls(
+                rows={
+                    task: Row(
+                        *beliefs.of(task), beliefs.latency_ms[row].copy(), quality[row], weight[row]
+                    )
+                    for task, row in beliefs.row.items()
+                    if asked.takes_task(task)
+                },
+                cells=dict(learned.cells),
+                names=dict(learned.globals),
+                drifts=dict(learned.drifts),
+                models=dict(learned.models),
+                providers=dict(learned.providers),
+                ratios={
+                    (task, side): ratios
+                    for task, side in wanted
+                    if account_id is not None
+                    and asked.takes_task(task)
+                    and (ratios := copy.ratios.get(ratio_key(account_id, task, side)))
+                },
+            )
+
+
+def cells_by_model(table: Table, asked: Asked, known: Known) -> dict[str, list[dict[str, Any]]]:
     """By model id, what is known of it at each task of which anything is, here or elsewhere."""
-    table, learned = snapshot.table, copy.learned
-    beliefs = learned.beliefs(table)
-    elsewhere, weight_elsewhere = beliefs.elsewhere()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for task, row in beliefs.row.items():
-        if not asked.takes_task(task):
-            continue
-        quality, weight = beliefs.of(task)
-        deviation = np.sqrt(quality * (1 - quality) / (weight + 1))
-        known = (beliefs.observations[row] > 0) | (weight_elsewhere[row] > 0)
-        for column in np.flatnonzero(known).tolist():
-            card = table.cards[column]
-            cell = learned.cells.get((task, card.id), Cell())
-            name = learned.globals.get((task, card.provider_type, card.name))
+    columns = [(column, card) for column, card in enumerate(table.cards) if asked.takes(card)]
+    found: dict[str, list[dict[str, Any]]] = {card.id: [] for _, card in columns}
+    for task, row in known.rows.items():
+        deviation = np.sqrt(row.quality * (1 - row.quality) / (row.weight + 1))
+        for column, card in columns:
+            cell = known.cells.get((task, card.id), UNTRIED)
+            elsewhere = float(row.elsewhere_weight[column])
+            if not (cell.observations or elsewhere):
+                continue
             cost = cell.cost_usd
-            found.setdefault(card.id, []).append(
+            found[card.id].append(
                 {
                     "task_type": task,
-                    "quality": round(float(quality[column]), 4),
+                    "quality": round(float(row.quality[column]), 4),
                     "deviation": round(float(deviation[column]), 4),
                     "observations": cell.observations,
-                    "avg_latency_ms": round(float(beliefs.latency_ms[row, column])),
+                    "avg_latency_ms": round(float(row.latency_ms[column])),
                     "avg_cost": None if cost is None else plain(round(Decimal(cost), PLACES)),
                     "last_success_at": moment(cell.last_success_at),
                     "last_failure_at": moment(cell.last_failure_at),
                     "elsewhere": {
-                        "quality": round(float(elsewhere[row, column]), 4),
-                        "weight": round(float(weight_elsewhere[row, column]), 1),
-                        "installations": name.installations,
+                        "quality": round(float(row.elsewhere[column]), 4),
+                        "weight": round(elsewhere, 1),
+                        "installations": known.names[
+                            task, card.provider_type, card.name
+                        ].installations,
                     }
-                    if name and weight_elsewhere[row, column]
+                    if elsewhere
                     else None,
                 }
             )
@@ -162,27 +215,21 @@ def breaker_json(breaker: Breaker | None, now: float) -> dict[str, Any]:
     }
 
 
-def got_worse_at(copy: Copy, model: str) -> datetime | None:
-    """When its answers got worse, for as long as they are."""
-    watch = copy.learned.drifts.get(model)
+def got_worse_at(watch: Drift | None) -> datetime | None:
+    """When a model's answers got worse, for as long as they are."""
     return moment(watch.alarmed_at) if watch and watch.fell_to is not None else None
 
 
-def token_factors(copy: Copy, account_id: int, tasks: Iterable[str]) -> list[dict[str, Any]]:
-    """By how much the account's holds outgrow its estimates, and where it estimates too much."""
-    return [
-        {
-            "task_type": task,
-            "tokens": side,
-            "factor": round(ratios.factor, 4),
-            "typical": round(ratios.quantile(0.5), 4),
-            "observations": ratios.observations,
-            "overestimates": ratios.overestimates,
-        }
-        for task in tasks
-        for side in ("prompt", "completion")
-        if (ratios := copy.ratios.get(ratio_key(account_id, task, side), Ratios())).observations
-    ]
+def factor_json(task: str, side: str, ratios: Ratios) -> dict[str, Any]:
+    """By how much holds outgrow an account's estimates, or that it estimates too much."""
+    return {
+        "task_type": task,
+        "tokens": side,
+        "factor": round(ratios.factor, 4),
+        "typical": round(ratios.quantile(0.5), 4),
+        "observations": ratios.observations,
+        "overestimates": ratios.overestimates,
+    }
 
 
 def moment(seconds: float | None) -> datetime | None:
