@@ -24,6 +24,7 @@ from swapper import (
     messages,
     openapi,
     own_keys,
+    performance,
     services,
     totals,
     usage,
@@ -256,34 +257,24 @@ def amount(usd: Decimal | None) -> str | None:
 
 
 class ModelPerformance(JsonView):
-    """Every usable system model with its price, assumptions, and what calls showed lately."""
+    """Every usable system model with its price, what was learned of it, and its breaker."""
 
     scope: ClassVar[str] = "usage"
+    context = context.ACCOUNT_CONTEXT
+
+    def context_params(self, request: Request) -> dict[str, Any]:
+        return context.named_account({"user_id": query_text(request, "user_id")})
 
     @openapi.model_performance
     def get(self, request: Request) -> HttpResponse:
-        snapshot = catalogue.snapshot()
-        measured: dict[str, list[dict[str, Any]]] = {}
-        for (model_id, _), cell in totals.performance().items():
-            measured.setdefault(model_id, []).append(cell)
-        return json_response(
-            {
-                "models": [
-                    {
-                        **card.as_json(),
-                        "capabilities": sorted(card.capabilities),
-                        "context_length": card.context_length,
-                        "cost_per_1k_prompt_tokens": f"{card.prompt_per_1k:f}",
-                        "cost_per_1k_completion_tokens": f"{card.completion_per_1k:f}",
-                        "reliability": str(card.reliability),
-                        "avg_latency_ms": card.latency_ms,
-                        "last_7_days": measured.get(card.id, []),
-                    }
-                    for card in snapshot.table.cards
-                ],
-                "catalogue_age_seconds": round(catalogue.age_seconds, 3),
-            }
+        # What was learned of models is everybody's; an account is named for what is its own.
+        caller = caller_of(request)
+        names_one = query_text(request, "user_id") or caller.row.account_id is not None
+        row = account_of(request).row if names_one else None
+        asked = performance.Asked(
+            *(query_text(request, name) for name in ("task_type", "model", "provider"))
         )
+        return json_response(performance.performance(catalogue.snapshot(), asked, row))
 
 
 class Health(JsonView):

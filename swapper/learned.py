@@ -26,11 +26,12 @@ import numpy as np
 from django.conf import settings
 from django.db import connection, transaction
 
+from swapper import everywhere
 from swapper.learning.breakers import Breaker, Forced, Times
 from swapper.learning.cells import MEMORY, Cell
 from swapper.learning.drift import Drift
 from swapper.learning.holds import Ratios
-from swapper.learning.state import Changed, Learned
+from swapper.learning.state import Changed, Global, Learned
 from swapper.models import BreakerEvent
 from swapper.selection import Knowledge, Table
 
@@ -60,6 +61,9 @@ CHANGED = f"""
 SELECT kind, key, state::text, version FROM swapper_learnedstate
 WHERE version > %(version)s AND account_id IS NULL
 UNION ALL {CELLS} WHERE p.version > %(version)s AND o.account_id IS NULL
+UNION ALL SELECT 'global', task_type, json_build_array(provider_type, model_name, good, weight,
+    sample_size, installations)::text, version
+FROM global_performance WHERE version > %(version)s
 UNION ALL SELECT 'seen', '', '', max(version) FROM task_performance
 HAVING max(version) > %(version)s
 """
@@ -157,6 +161,9 @@ class Copy:
         for kind, key, state, version in rows:
             if kind == "cell":
                 self._put_cell(key, msgspec.json.decode(state), new=not version)
+            elif kind == "global":
+                provider_type, name, *figures = msgspec.json.decode(state)
+                self.learned.put_global((key, provider_type, name), Global(*figures))
             elif kind != "seen":
                 self.rows(kind)[key] = msgspec.json.decode(state, type=KINDS[kind])
 
@@ -231,14 +238,22 @@ def save(
     if not cells and not states:
         return
     with connection.cursor() as cursor:
-        cursor.execute("SELECT nextval('swapper_learned_version')")
-        [version] = cursor.fetchone()
+        version = next_version()
         if cells:
             text = msgspec.json.encode(cells).decode()
             cursor.execute(SAVE_CELLS, {"cells": text, "version": version})
+            everywhere.add_up_cells(((row["task"], row["model"]) for row in cells), version)
         if states:
             text = msgspec.json.encode(states).decode()
             cursor.execute(SAVE_STATES, {"states": text, "version": version})
+
+
+def next_version() -> int:
+    """Of the rows that are about to be written, within ``changing``."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT nextval('swapper_learned_version')")
+        [version] = cursor.fetchone()
+    return int(version)
 
 
 def save_breakers(breakers: Mapping[tuple[str, str], Breaker]) -> None:
@@ -322,6 +337,16 @@ class Serving:
             copy = Copy(learned=self._copy.learned.elsewhere(table))
         copy.read_owned([account_id])
         return copy.learned
+
+    @contextmanager
+    def reading(self) -> Iterator[Copy]:
+        """All that this process knows, to be read only, and left alone by refreshes meanwhile."""
+        with self._lock:
+            yield self._copy
+
+
+def ratio_key(account_id: int, task: str, side: str) -> str:
+    return f"{account_id}/{task}/{side}"
 
 
 serving = Serving()

@@ -289,7 +289,10 @@ class TaskPerformance(models.Model):
 
 
 class GlobalPerformance(models.Model):
-    """How a model does at a task across installations."""
+    """How a model does at a task, across all accounts' use of system keys and all installations.
+
+    Sums of what was learned here and of ``SharedPerformance`` (swapper/everywhere.py writes them).
+    """
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, db_default=RandomUUID())
     task_type = models.TextField()
@@ -303,14 +306,67 @@ class GlobalPerformance(models.Model):
     last_updated = models.DateTimeField(auto_now=True, db_default=Now())
     metadata = models.JSONField(default=dict, blank=True)
 
+    good = models.FloatField(default=0, db_default=0, help_text="Remembered: sum of qualities.")
+    weight = models.FloatField(default=0, db_default=0, help_text="Remembered observations.")
+    version = models.BigIntegerField(default=0, db_default=0, help_text="Grows with each change.")
+
     class Meta:
         db_table = "global_performance"
+        indexes = [models.Index(fields=("version",), name="global_performance_version")]
         constraints = [
             models.UniqueConstraint(
                 fields=("task_type", "provider_type", "model_name"),
                 name="global_performance_task_type_provider_type_model_name_key",
             )
         ]
+
+
+class Installation(models.Model):
+    """Who shared what it learned, and ourselves (``ours``), once something was exported."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4)
+    ours = models.BooleanField(default=False)
+    exported_at = models.DateTimeField(null=True, help_text="As its file says.")
+    imported_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=("ours",), condition=Q(ours=True), name="installation_ours"
+            )
+        ]
+
+    def __str__(self) -> str:
+        return str(self.pk)
+
+
+class SharedPerformance(models.Model):
+    """How a model does at a task at another installation, as its latest file says."""
+
+    installation = models.ForeignKey(
+        Installation, on_delete=models.CASCADE, related_name="cells", db_index=False
+    )
+    task_type = models.TextField()
+    provider_type = models.TextField()
+    model_name = models.TextField()
+    good = models.FloatField()
+    weight = models.FloatField()
+    success_rate = NumericField()
+    avg_latency = models.IntegerField(help_text="ms; 0: not known.")
+    avg_cost = NumericField(help_text="USD")
+    sample_size = models.IntegerField()
+    installations = models.IntegerField(
+        default=1, db_default=1, help_text="More where figures came without their sources."
+    )
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=("task_type", "provider_type", "model_name", "installation"),
+                name="shared_performance_cell",
+            )
+        ]
+        indexes = [models.Index(fields=("installation",), name="shared_performance_of")]
 
 
 class Outcome(models.Model):

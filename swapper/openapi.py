@@ -51,6 +51,7 @@ Rate = Annotated[
 ]
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
+Quality = Annotated[float, Meta(ge=0, le=1)]
 Share = Annotated[str, Meta(pattern=r"^[01](\.\d+)?$", description="From 0 to 1.")]
 Moment = Annotated[datetime, Meta(tz=True, examples=["2026-01-31T12:00:00Z"])]
 
@@ -407,6 +408,65 @@ class TaskRecord(Answer):
     avg_cost: Usd
 
 
+class Elsewhere(Answer):
+    """What other models of this name, here and at other installations, showed."""
+
+    quality: Quality
+    weight: Annotated[float, Meta(ge=0, description="Observations that are remembered.")]
+    installations: Annotated[int, Meta(ge=0, description="This one included, if it knows any.")]
+
+
+class LearnedCell(Answer):
+    """What is believed of a model at a task: ``quality`` ± ``deviation``."""
+
+    task_type: str
+    quality: Quality
+    deviation: Annotated[float, Meta(ge=0)]
+    observations: Annotated[int, Meta(ge=0, description="Outcomes reported here, ever.")]
+    avg_latency_ms: Count
+    avg_cost: Usd | None
+    last_success_at: Moment | None
+    last_failure_at: Moment | None
+    elsewhere: Elsewhere | None
+
+
+class BreakerState(Answer):
+    """Open: left alone. Half-open: asked one request at a time whether it is back."""
+
+    state: Literal["closed", "open", "half_open"]
+    reason: str | None
+    since: Annotated[Moment | None, Meta(description="When it last opened or closed.")]
+    until: Annotated[Moment | None, Meta(description="Half-open from then on.")]
+    times_tripped: Count
+
+
+class ProviderRecord(Answer):
+    id: UUID
+    name: str
+    provider_type: str
+    breaker: BreakerState
+
+
+class TokenFactor(Answer):
+    """Real tokens against the account's estimates."""
+
+    task_type: str
+    tokens: Literal["prompt", "completion"]
+    factor: Annotated[
+        float,
+        Meta(
+            ge=1,
+            description="What its estimates are multiplied by for a hold: what 95 % of its calls"
+            " stay below.",
+        ),
+    ]
+    typical: Annotated[float, Meta(ge=0, description="Real tokens per estimated one, median.")]
+    observations: Count
+    overestimates: Annotated[
+        bool, Meta(description="Most calls take less than four fifths of what is estimated.")
+    ]
+
+
 class ModelRecord(Answer):
     id: UUID
     name: str
@@ -417,12 +477,22 @@ class ModelRecord(Answer):
     cost_per_1k_prompt_tokens: Rate
     cost_per_1k_completion_tokens: Rate
     reliability: Share
-    avg_latency_ms: Count
+    avg_latency_ms: Annotated[Count, Meta(description="As the catalogue says.")]
+    tasks: Annotated[
+        tuple[LearnedCell, ...], Meta(description="Where anything was learned, here or elsewhere.")
+    ]
+    got_worse_at: Annotated[
+        Moment | None, Meta(description="When its answers got worse, for as long as they are.")
+    ]
+    breaker: BreakerState
     last_7_days: Annotated[tuple[TaskRecord, ...], Meta(description="Over all accounts, by task.")]
 
 
 class Performance(Answer):
     models: tuple[ModelRecord, ...]
+    providers: tuple[ProviderRecord, ...]
+    account: Annotated[str | None, Meta(description="Whose token factors these are.")]
+    token_factors: tuple[TokenFactor, ...] | None
     catalogue_age_seconds: Seconds
 
 
@@ -816,8 +886,16 @@ change_me = extend_schema(
 
 model_performance = extend_schema(
     operation_id="model_performance",
-    summary="Models, prices, and how they did lately",
-    responses=answers(ALWAYS, {200: Performance}),
+    summary="Models: prices, what was learned of them, and who is left alone",
+    description="What was learned of system models is everybody's; token factors are those of the"
+    " caller's account, or of the one that a service token names.",
+    parameters=[
+        OpenApiParameter("user_id", str, description="The account whose token factors to tell."),
+        OpenApiParameter("task_type", str, description="Only this task type."),
+        OpenApiParameter("model", str, description="Only this model: a name or id."),
+        OpenApiParameter("provider", str, description="Only this one: a type, name or id."),
+    ],
+    responses=answers(ALWAYS, ACCOUNT, {200: Performance}),
 )
 
 HEALTHY: list[Any] = [Readiness, Live]

@@ -82,10 +82,7 @@ TABLE: dict[tuple[str, str], Row] = {
     # Any known caller may see itself, whatever its scopes.
     ("GET", "api/modelswapper/me"): Row("", {**READ, "no_scope": 200, "wrong_scope": 200}),
     ("PATCH", "api/modelswapper/me"): Row("keys:manage", write(200)),
-    # Nobody's in particular: system models and figures over all accounts.
-    ("GET", "api/modelswapper/models/performance"): Row(
-        "usage", {**READ, "stranger": 200}, names=False
-    ),
+    ("GET", "api/modelswapper/models/performance"): Row("usage", READ),
     ("GET", CONFIGS): Row("keys:manage", OWN),
     ("POST", CONFIGS): Row("keys:manage", write(201, lower_tier=403)),
     ("GET", CONFIG): Row("keys:manage", OWN),

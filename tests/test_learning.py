@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -126,12 +127,39 @@ def test_the_prior_of_an_untried_cell_is_level_of_the_task_plus_offset_of_the_mo
 
 
 def test_what_other_installations_found_counts_until_there_are_own_outcomes():
-    learned = Learned(globals={("chat", "a"): Global(0.2, 500), ("chat", "b"): Global(0.95, 500)})
+    poor, good = Global(0.2 * 500, 500), Global(0.95 * 500, 500)
+    learned = Learned(globals={("chat", "test", "a"): poor, ("chat", "test", "b"): good})
     known = learned.knowledge(TABLE, "chat", 0.0)
-    assert known.quality[0] < known.quality[2] < known.quality[1]
+    assert 0.25 < known.quality[0] < known.quality[2] < known.quality[1], "not all their weight"
     for n in range(100):
         learned.apply(outcome("a", n, quality=0.9))
     assert learned.knowledge(TABLE, "chat", 200.0).quality[0] > 0.75
+
+
+def test_what_a_cell_itself_showed_is_no_news_from_elsewhere():
+    """Else its own outcomes would count twice, as themselves and as its prior."""
+    alone, summed = Learned(), Learned()
+    for n in range(30):
+        for learned in (alone, summed):
+            learned.apply(outcome("a", n, quality=0.2))
+    summed.globals["chat", "test", "a"] = Global(6.0, 30.0)
+    one, other = (learned.knowledge(TABLE, "chat", 50.0).quality for learned in (alone, summed))
+    assert list(one) == pytest.approx(list(other))
+    # An account's own model has the same name, and none of its outcomes are among those.
+    mine = Table([replace(card("a"), id="mine")], AT)
+    owners = [learned.elsewhere(mine) for learned in (alone, summed)]
+    for n in range(30):
+        for learned in owners:
+            learned.apply(outcome("mine", n, quality=0.8))
+    one, other = (learned.knowledge(mine, "chat", 50.0).quality for learned in owners)
+    assert other[0] < one[0] - 0.05
+
+
+def test_what_is_heard_from_elsewhere_counts_at_once():
+    learned = Learned()
+    before = float(learned.knowledge(TABLE, "chat", 0.0).quality[0])
+    learned.put_global(("chat", "test", "a"), Global(1.0, 50.0))
+    assert learned.knowledge(TABLE, "chat", 0.0).quality[0] < before - 0.3
 
 
 def test_without_outcomes_the_catalogue_decides():

@@ -39,7 +39,8 @@ def learn() -> None:
 
 def use(automodel: Caller, **said: Any) -> dict[str, Any]:
     """A request that ``large`` served, whatever was learned of it, reported."""
-    selection: dict[str, Any] = automodel.select(priority="critical").json()
+    who = said.pop("user_id", "alice")
+    selection: dict[str, Any] = automodel.select(priority="critical", user_id=who).json()
     large = Model.objects.get(name="large")
     selection["selected_model_id"] = str(large.pk)
     assert automodel.report(selection, **said).status_code in (200, 201)

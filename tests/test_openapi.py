@@ -195,6 +195,7 @@ def test_the_examples_reached_what_they_should():
     assert reached["PATCH {model_id}"] >= {200, 400, 415}
     assert reached["POST credentials"] >= {200, 400, 404}
     assert reached["GET {request_id}"] >= {200, 404}
+    assert reached["GET performance"] >= {200, 400}
     assert reached["GET health"] >= {200, 400}
 
 

@@ -116,10 +116,17 @@ def test_the_oracle_knows_of_outages(files: tuple[Path, Path]):
         ("query,prompt_tokens_est,dear,cheap\na,1,0,1\n", "no column “task”"),
         ("task,prompt_tokens_est,dear\na,1,0\n", "two models"),
         ("task,prompt_tokens_est,dear,nobody\na,1,0,1\n", "no price for nobody"),
+        ("task,prompt_tokens_est,dear,dear\na,1,0,1\n", "dear more than once"),
+        ("task,prompt_tokens_est,dear,,cheap\na,1,0,,1\n", "column without a name"),
         ("task,prompt_tokens_est,dear,cheap\na,1,0,1\na,1,,1\n", "line 3: “” in dear"),
-        ("task,prompt_tokens_est,dear,cheap\na,1,2,1\n", "from 0 to 1"),
-        ("task,prompt_tokens_est,dear,cheap\na,nan,0,1\n", "not negative"),
-        ("task,prompt_tokens_est,dear,cheap\na,1,0\n", "“” in cheap"),
+        ("task,prompt_tokens_est,dear,cheap\na,1,2,1\n", "line 2: dear is 2"),
+        ("task,prompt_tokens_est,dear,cheap\na,nan,0,1\n", "line 2: prompt_tokens_est is nan"),
+        ("task,prompt_tokens_est,dear,cheap\na,1e99,0,1\n", "from 0 to 100,000,000"),
+        ("task,prompt_tokens_est,dear,cheap\na,1,0\n", "line 2: 3 values"),
+        ("task,prompt_tokens_est,dear,cheap\n\na,1,0,1,1\n", "line 3: 5 values"),
+        ("task,prompt_tokens_est,dear,cheap\n,1,0,1\n", "line 2: task is empty"),
+        ('task,prompt_tokens_est,dear,cheap\n"a\nb",1,0,1\na,1,0,x\n', "line 4: “x” in cheap"),
+        ('task,prompt_tokens_est,dear,cheap\n"a,1,0,1\n', "line 2: unexpected end"),
     ],
 )
 def test_a_bad_file_is_named_with_line_and_reason(
@@ -135,10 +142,55 @@ def test_a_missing_file_or_a_price_that_is_none_is_said(files: tuple[Path, Path]
     with pytest.raises(CommandError, match="can't be read"):
         call_command("replay_routing", tmp_path / "none.csv", prices=files[1])
     files[1].write_text("model,input_price_per_m,output_price_per_m\ndear,much,1\n")
-    with pytest.raises(CommandError, match="line 2: a price is not a number"):
+    with pytest.raises(CommandError, match="line 2: “much” in input_price_per_m"):
+        call_command("replay_routing", files[0], prices=files[1])
+    files[1].write_text("model,input_price_per_m,output_price_per_m\ndear,1,1\ndear,1,1\n")
+    with pytest.raises(CommandError, match="line 3: dear is there a second time"):
         call_command("replay_routing", files[0], prices=files[1])
     with pytest.raises(CommandError, match="100 requests"):
         call_command("replay_routing", files[0], prices=files[1], requests=5)
+
+
+def test_a_model_without_a_price_takes_no_part_and_is_named(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+):
+    files[1].write_text(
+        "model,input_price_per_m,output_price_per_m\ndear,0.9,0.9\ncheap,0.1,0.1\nmiddling,,0.3\n"
+    )
+    assert read(*files).models == ("dear", "cheap")
+    call_command("replay_routing", files[0], prices=files[1], requests=100, seeds=1, processes=1)
+    assert "left out, without a price: middling" in capsys.readouterr().out
+
+
+def test_where_nothing_is_worth_its_price_no_share_is_made_up(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+):
+    files[1].write_text(
+        "model,input_price_per_m,output_price_per_m\ndear,90000,90000\ncheap,90000,90000\n"
+    )
+    call_command("replay_routing", files[0], prices=files[1], requests=100, seeds=1, processes=1)
+    text = capsys.readouterr().out
+    assert "| share of the oracle's utility | – | ≥ 0.950 | no figure |" in text
+    assert "--cost-weight" in text
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "message"),
+    [
+        (None, "can't be read"),
+        ("TIME\n1\n", "no column “TIMESTAMP”"),
+        ("TIMESTAMP\n2026-01-01 00:00:00\nlater\n", "line 3: “later” is not a date"),
+        ("TIMESTAMP\n2026-01-01 00:00:00\n", "two arrivals"),
+    ],
+)
+def test_a_bad_arrivals_file_is_named_with_the_reason(
+    files: tuple[Path, Path], tmp_path: Path, arrivals: str | None, message: str
+):
+    path = tmp_path / "arrivals.csv"
+    if arrivals is not None:
+        path.write_text(arrivals)
+    with pytest.raises(CommandError, match=message):
+        call_command("replay_routing", files[0], prices=files[1], arrivals=path)
 
 
 @pytest.mark.skipif(not RECORDED.is_dir(), reason="the recorded scores are not on this machine")

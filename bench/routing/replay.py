@@ -35,9 +35,9 @@ class Result:
     best: int
 
     def share(self, which: slice | NDArray[np.bool_] = slice(None)) -> float:
-        """Share of the oracle's utility."""
+        """Share of the oracle's utility; NaN where that is not positive, and there is no share."""
         ideal = self.ideal[which].sum()
-        return float(self.utility[which].sum() / ideal) if ideal else float("nan")
+        return float(self.utility[which].sum() / ideal) if ideal > 0 else float("nan")
 
 
 def replay(

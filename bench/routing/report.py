@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
+from math import isfinite, isnan
 from statistics import fmean, median
 
 import numpy as np
@@ -41,8 +42,11 @@ class Figure:
     unit: str = ""
 
     @property
-    def met(self) -> bool:
-        return self.reached <= self.target if self.at_most else self.reached >= self.target
+    def verdict(self) -> str:
+        if isnan(self.reached):
+            return "no figure"
+        met = self.reached <= self.target if self.at_most else self.reached >= self.target
+        return "met" if met else "**missed**"
 
 
 def results(
@@ -122,17 +126,24 @@ def microseconds(models: int = 50, repeats: int = 2000) -> float:
     return (time.perf_counter() - begin) / repeats * 1e6
 
 
-def lines(found: Results, reached: Sequence[Figure]) -> Iterator[str]:
+def lines(found: Results, shown: Sequence[Figure]) -> Iterator[str]:
     """The two tables, as Markdown."""
     yield "| figure | reached | target | |"
     yield "| --- | --- | --- | --- |"
-    for figure in reached:
+    for figure in shown:
         sign, unit = "≤" if figure.at_most else "≥", f" {figure.unit}".rstrip()
+        reached = number(figure.reached) + (unit if isfinite(figure.reached) else "")
         yield (
-            f"| {figure.name} | {number(figure.reached)}{unit} |"
-            f" {sign} {number(figure.target)}{unit} | {'met' if figure.met else '**missed**'} |"
+            f"| {figure.name} | {reached} | {sign} {number(figure.target)}{unit} |"
+            f" {figure.verdict} |"
         )
     yield ""
+    if any(isnan(figure.reached) for figure in shown):
+        yield (
+            "No figure: at these prices the oracle's answers cost more than they are worth, and of"
+            " that there is no share. A smaller --cost-weight makes money weigh less."
+        )
+        yield ""
     yield "| policy | share, outage | first 1,000 | high, critical | to the dead | share, drop |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for policy in POLICIES:
@@ -148,6 +159,8 @@ def lines(found: Results, reached: Sequence[Figure]) -> Iterator[str]:
 
 
 def number(value: float) -> str:
+    if isnan(value):
+        return "–"
     if value == float("inf"):
         return "never"
     if float(value).is_integer() and abs(value) >= 2:

@@ -8,7 +8,7 @@ asks for ``knowledge`` alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,10 +22,14 @@ from swapper.selection import PRIOR_WEIGHT, Knowledge, Mask, Table
 
 # A report that did not come by then never does: its hold has expired.
 LOST_SECONDS = 900.0
-# What other installations found counts for at most this many observations.
+# What is known of a model's name from elsewhere counts for at most this many observations.
 GLOBAL_WEIGHT = 24.0
+# Less than this of an observation is rounding.
+EDGE = 1e-6
 
 TaskModel = tuple[str, str]
+# (task, provider type, model name): who a model is in other accounts and installations.
+TaskName = tuple[str, str, str]
 # What changed: ("cell", task, model), ("drift", model), ("times", model), ("model" or "provider",
 # id) for a breaker.
 Changed = tuple[str, ...]
@@ -33,10 +37,15 @@ Changed = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """What other installations found of a cell: mean quality, from ``weight`` observations."""
+    """What all accounts and installations know of a model's name at a task.
 
-    quality: float
+    ``good`` is the sum of the qualities of ``weight`` remembered observations.
+    """
+
+    good: float
     weight: float
+    observations: int = 0
+    installations: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,9 @@ class Learned:
     times: dict[str, Times] = field(default_factory=dict)
     models: dict[str, Breaker] = field(default_factory=dict)
     providers: dict[str, Breaker] = field(default_factory=dict)
-    globals: dict[TaskModel, Global] = field(default_factory=dict)
+    globals: dict[TaskName, Global] = field(default_factory=dict)
+    # Whether ``globals`` count these cells, too: those of system keys, not of an account's own.
+    counted: bool = True
     # When the selections were made whose report is awaited, per model, oldest first. Those before
     # the latest answered one are forgotten: silence since then is what counts.
     waiting: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -80,10 +91,10 @@ class Learned:
         return changed
 
     def elsewhere(self, table: Table) -> Learned:
-        """Only what others found of ``table``'s models: what to start from for an account's own."""
-        return Learned(
-            globals={k: found for k, found in self.globals.items() if k[1] in table.index}
-        )
+        """Only what is known of the names of ``table``'s models: an account's own start from it."""
+        names = {(card.provider_type, card.name) for card in table.cards}
+        found = {name: known for name, known in self.globals.items() if name[1:] in names}
+        return Learned(globals=found, counted=False)
 
     def is_half_open(self, model: str, provider: str, now: float) -> bool:
         """Whether a request to ``model`` would be a probe, of its breaker or its provider's."""
@@ -183,6 +194,12 @@ class Learned:
         if self._beliefs is not None:
             self._beliefs.put(key, cell)
 
+    def put_global(self, name: TaskName, found: Global) -> None:
+        """Set what is known of a name."""
+        self.globals[name] = found
+        if self._beliefs is not None:
+            self._beliefs.put_global(name, found)
+
     def _listen(self, model: str, starts: list[float], now: float) -> set[Changed]:
         while starts and now - starts[0] > LOST_SECONDS:
             starts.pop(0)
@@ -212,12 +229,7 @@ class Learned:
 
     def knowledge(self, table: Table, task: str, now: float) -> Knowledge:
         """What ``selection.rank`` needs to know of ``table``'s models for ``task`` at ``now``."""
-        beliefs = self._beliefs
-        if beliefs is None or beliefs.table is not table or task not in beliefs.row:
-            tasks = {key[0] for key in (*self.cells, *self.globals)} | {task}
-            beliefs = self._beliefs = Beliefs(table, sorted(tasks), self.globals)
-            for key, cell in self.cells.items():
-                beliefs.put(key, cell)
+        beliefs = self.beliefs(table, task)
         fallen = np.zeros(len(table.cards))
         troubles = self.troubles()
         for model, watch in troubles.drifts.items():
@@ -242,6 +254,21 @@ class Learned:
             probes=probes,
         )
 
+    def beliefs(self, table: Table, *tasks: str) -> Beliefs:
+        """The cells of ``table``'s models at all tasks known, and ``tasks``."""
+        found = self._beliefs
+        if found is not None and found.table is table and found.row.keys() >= set(tasks):
+            return found
+        known = {key[0] for key in (*self.cells, *self.globals)}.union(tasks)
+        if found is not None:
+            known |= found.row.keys()
+        found = self._beliefs = Beliefs(table, sorted(known), counted=self.counted)
+        for key, cell in self.cells.items():
+            found.put(key, cell)
+        for name, everywhere in self.globals.items():
+            found.put_global(name, everywhere)
+        return found
+
     def _standing(self, table: Table, now: float) -> tuple[dict[str, Mask], Mask]:
         """The models that breakers keep out, by rule, and those that take a probe."""
         nobody = np.zeros(len(table.cards), dtype=np.bool_)
@@ -265,11 +292,12 @@ class Learned:
 
 
 class Beliefs:
-    """The cells of a table's models as arrays, tasks × models, with their common priors."""
+    """The cells of a table's models as arrays, tasks × models, with their common priors.
 
-    def __init__(
-        self, table: Table, tasks: Sequence[str], everywhere: Mapping[TaskModel, Global]
-    ) -> None:
+    ``counted``: whether what is known of a name has these cells in it (``Learned.counted``).
+    """
+
+    def __init__(self, table: Table, tasks: Sequence[str], *, counted: bool) -> None:
         self.table = table
         self.row = {task: row for row, task in enumerate(tasks)}
         shape = (len(tasks), len(table.cards))
@@ -278,16 +306,18 @@ class Beliefs:
         self.latency_ms = np.tile(table.latency_ms, (len(tasks), 1))
         self.before = np.zeros(shape)
         self._static = np.tile(table.quality, (len(tasks), 1))
-        for (task, model), found in everywhere.items():
-            if (place := self._place(task, model)) is not None:
-                share = min(found.weight, GLOBAL_WEIGHT)
-                share /= share + PRIOR_WEIGHT
-                self._static[place] += share * (found.quality - self._static[place])
+        self._counted = counted
+        self._named_good, self._named_weight = np.zeros(shape), np.zeros(shape)
+        self._columns: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for column, card in enumerate(table.cards):
+            self._columns[card.provider_type, card.name].append(column)
         self._priors: Floats | None = None
 
     def put(self, key: TaskModel, cell: Cell) -> None:
-        if (place := self._place(*key)) is None:
+        row, column = self.row.get(key[0]), self.table.index.get(key[1])
+        if row is None or column is None:
             return
+        place = row, column
         self.good[place], self.weight[place] = cell.good, cell.weight
         self.observations[place] = cell.observations
         self.before[place] = cell.before
@@ -295,14 +325,35 @@ class Beliefs:
             self.latency_ms[place] = cell.latency_ms
         self._priors = None
 
+    def put_global(self, name: TaskName, found: Global) -> None:
+        row, columns = self.row.get(name[0]), self._columns.get(name[1:])
+        if row is None or columns is None:
+            return
+        self._named_good[row, columns], self._named_weight[row, columns] = found.good, found.weight
+        self._priors = None
+
     def of(self, task: str) -> tuple[Floats, Floats]:
         """Mean and weight of each model's posterior for ``task``, the prior's included."""
         if self._priors is None:
-            self._priors = cells.priors(self._static, self.good, self.weight)
+            self._priors = self._with_globals()
         row = self.row[task]
         weight = self.weight[row] + PRIOR_WEIGHT
         return (self.good[row] + PRIOR_WEIGHT * self._priors[row]) / weight, weight
 
-    def _place(self, task: str, model: str) -> tuple[int, int] | None:
-        row, column = self.row.get(task), self.table.index.get(model)
-        return None if row is None or column is None else (row, column)
+    def elsewhere(self) -> tuple[Floats, Floats]:
+        """Mean and weight of what is known of each cell's name from others than the cell itself."""
+        good, weight = self._named_good, self._named_weight
+        if self._counted:
+            good, weight = good - self.good, weight - self.weight
+        # What is left of sums that are equal is not a figure.
+        known = weight > EDGE
+        quality = np.divide(good, weight, out=np.zeros_like(good), where=known)
+        return np.clip(quality, 0, 1), np.where(known, weight, 0.0)
+
+    def _with_globals(self) -> Floats:
+        """The priors: fitted to the cells and to what is known from elsewhere as if it were some
+        observations more, then shrunk towards what is known from elsewhere of the cell itself."""
+        quality, weight = self.elsewhere()
+        more = np.minimum(weight, GLOBAL_WEIGHT)
+        fitted = cells.priors(self._static, self.good + more * quality, self.weight + more)
+        return fitted + more / (more + PRIOR_WEIGHT) * (quality - fitted)

@@ -74,6 +74,8 @@ class Command(BaseCommand):
             f" {settings.requests:,} requests at {settings.rate:g} a second,"
             f" {'a trace' if path else 'made-up bursts'}, {options['seeds']} seeds\n"
         )
+        if data.unpriced:
+            self.stdout.write(f"left out, without a price: {', '.join(data.unpriced)}\n")
         found = report.results(
             data, settings, options["seeds"], arrivals, options["processes"], self.stderr.write
         )
