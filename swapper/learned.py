@@ -61,8 +61,9 @@ CHANGED = f"""
 SELECT kind, key, state::text, version FROM swapper_learnedstate
 WHERE version > %(version)s AND account_id IS NULL
 UNION ALL {CELLS} WHERE p.version > %(version)s AND o.account_id IS NULL
-UNION ALL SELECT 'global', task_type, json_build_array(provider_type, model_name, good, weight,
-    sample_size, installations)::text, version
+UNION ALL
+SELECT 'global', task_type, json_build_array(provider_type, model_name, good, weight, sample_size,
+    installations)::text, version
 FROM global_performance WHERE version > %(version)s
 UNION ALL SELECT 'seen', '', '', max(version) FROM task_performance
 HAVING max(version) > %(version)s
@@ -331,22 +332,18 @@ class Serving:
         """``Learned.is_half_open`` of our own models."""
         return self._copy.learned.is_half_open(model, provider, now)
 
-    def of_own(self, account_id: int, table: Table) -> Learned:
-        """What is known of an account's own models, those of ``table``; read from the database."""
-        with self._lock:
-            copy = Copy(learned=self._copy.learned.elsewhere(table))
-        copy.read_owned([account_id])
-        return copy.learned
-
     @contextmanager
     def reading(self) -> Iterator[Copy]:
         """All that this process knows, to be read only, and left alone by refreshes meanwhile."""
         with self._lock:
             yield self._copy
 
-
-def ratio_key(account_id: int, task: str, side: str) -> str:
-    return f"{account_id}/{task}/{side}"
+    def of_own(self, account_id: int, table: Table) -> Learned:
+        """What is known of an account's own models, those of ``table``; read from the database."""
+        with self._lock:
+            copy = Copy(learned=self._copy.learned.elsewhere(table))
+        copy.read_owned([account_id])
+        return copy.learned
 
 
 serving = Serving()

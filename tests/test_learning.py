@@ -147,12 +147,16 @@ def test_what_a_cell_itself_showed_is_no_news_from_elsewhere():
     assert list(one) == pytest.approx(list(other))
     # An account's own model has the same name, and none of its outcomes are among those.
     mine = Table([replace(card("a"), id="mine")], AT)
-    owners = [learned.elsewhere(mine) for learned in (alone, summed)]
     for n in range(30):
-        for learned in owners:
+        for learned in (alone, summed):
             learned.apply(outcome("mine", n, quality=0.8))
-    one, other = (learned.knowledge(mine, "chat", 50.0).quality for learned in owners)
-    assert other[0] < one[0] - 0.05
+    qualities = []
+    for learned in (alone, summed):
+        own = learned.elsewhere(mine)
+        own.put(("chat", "mine"), learned.cells["chat", "mine"])
+        qualities.append(own.knowledge(mine, "chat", 50.0).quality[0])
+    one, other = qualities
+    assert other < one - 0.05
 
 
 def test_what_is_heard_from_elsewhere_counts_at_once():

@@ -91,10 +91,12 @@ class Learned:
         return changed
 
     def elsewhere(self, table: Table) -> Learned:
-        """Only what is known of the names of ``table``'s models: an account's own start from it."""
+        """Only what is known of ``table``'s models by name: where an account's own begin."""
         names = {(card.provider_type, card.name) for card in table.cards}
-        found = {name: known for name, known in self.globals.items() if name[1:] in names}
-        return Learned(globals=found, counted=False)
+        return Learned(
+            globals={k: found for k, found in self.globals.items() if k[1:] in names},
+            counted=False,
+        )
 
     def is_half_open(self, model: str, provider: str, now: float) -> bool:
         """Whether a request to ``model`` would be a probe, of its breaker or its provider's."""
