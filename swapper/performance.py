@@ -17,11 +17,10 @@ from billing.money import PLACES, plain
 from mswap_site.errors import Invalid
 from swapper import totals
 from swapper.catalogue import Snapshot, catalogue
-from swapper.learned import ratio_key, serving
+from swapper.learned import Copy, serving
 from swapper.learning.breakers import Breaker
 from swapper.learning.cells import Cell
 from swapper.learning.drift import Drift
-from swapper.learning.holds import Ratios
 from swapper.learning.state import Global, TaskModel, TaskName
 from swapper.selection import Floats, ModelCard, Table
 
@@ -63,7 +62,7 @@ def performance(snapshot: Snapshot, asked: Asked, account: Any) -> dict[str, Any
         )
     cards = [card for card in snapshot.table.cards if asked.takes(card)]
     measured = recent.read()
-    known, now = Known.of(snapshot.table, asked, account and account.account_id, tasks), time.time()
+    known, now = Known.of(snapshot.table, asked), time.time()
     cells = cells_by_model(snapshot.table, asked, known)
     providers = {card.provider_id: card for card in cards}
     return {
@@ -97,9 +96,8 @@ def performance(snapshot: Snapshot, asked: Asked, account: Any) -> dict[str, Any
             for card in sorted(providers.values(), key=lambda card: card.provider_name)
         ],
         "account": account and account.external_id,
-        "token_factors": None
-        if account is None
-        else [factor_json(task, side, ratios) for (task, side), ratios in known.ratios.items()],
+        "token_factors": account
+        and token_factors(account.account_id, filter(asked.takes_task, sorted(tasks))),
         "catalogue_age_seconds": round(catalogue.age_seconds, 3),
     }
 
@@ -118,7 +116,7 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Known:
     """What this process knows at one moment, copied, so that selections need not wait for the
-    answer to be made of it. ``ratios``: the account's, by (task type, side)."""
+    answer to be made of it."""
 
     rows: dict[str, Row]
     cells: dict[TaskModel, Cell]
@@ -126,11 +124,9 @@ class Known:
     drifts: dict[str, Drift]
     models: dict[str, Breaker]
     providers: dict[str, Breaker]
-    ratios: dict[tuple[str, str], Ratios]
 
     @classmethod
-    def of(cls, table: Table, asked: Asked, account_id: int | None, tasks: Iterable[str]) -> Known:
-        wanted = [(task, side) for task in sorted(tasks) for side in ("prompt", "completion")]
+    def of(cls, table: Table, asked: Asked) -> Known:
         with serving.reading() as copy:
             learned = copy.learned
             beliefs = learned.beliefs(table)
@@ -148,13 +144,6 @@ class Known:
                 drifts=dict(learned.drifts),
                 models=dict(learned.models),
                 providers=dict(learned.providers),
-                ratios={
-                    (task, side): ratios
-                    for task, side in wanted
-                    if account_id is not None
-                    and asked.takes_task(task)
-                    and (ratios := copy.ratios.get(ratio_key(account_id, task, side)))
-                },
             )
 
 
@@ -220,16 +209,27 @@ def got_worse_at(watch: Drift | None) -> datetime | None:
     return moment(watch.alarmed_at) if watch and watch.fell_to is not None else None
 
 
-def factor_json(task: str, side: str, ratios: Ratios) -> dict[str, Any]:
+def token_factors(account_id: int, tasks: Iterable[str]) -> list[dict[str, Any]]:
     """By how much holds outgrow an account's estimates, or that it estimates too much."""
-    return {
-        "task_type": task,
-        "tokens": side,
-        "factor": round(ratios.factor, 4),
-        "typical": round(ratios.quantile(0.5), 4),
-        "observations": ratios.observations,
-        "overestimates": ratios.overestimates,
+    keys = {
+        f"{account_id}/{task}/{side}": (task, side)
+        for task in tasks
+        for side in ("prompt", "completion")
     }
+    copy = Copy()
+    copy.read_owned([], keys)
+    return [
+        {
+            "task_type": task,
+            "tokens": side,
+            "factor": round(ratios.factor, 4),
+            "typical": round(ratios.quantile(0.5), 4),
+            "observations": ratios.observations,
+            "overestimates": ratios.overestimates,
+        }
+        for key, (task, side) in keys.items()
+        if (ratios := copy.ratios.get(key))
+    ]
 
 
 def moment(seconds: float | None) -> datetime | None:

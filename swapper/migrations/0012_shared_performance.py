@@ -31,7 +31,7 @@ FROM summed s, nobody
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("swapper", "0010_breaker_events"),
+        ("swapper", "0011_learned_of_accounts"),
     ]
 
     operations = [
