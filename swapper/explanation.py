@@ -6,13 +6,14 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from django.conf import settings
 
 from billing.models import Hold
 from billing.money import plain
 from billing.pruning import prune_contexts
 from swapper import history
-from swapper.decision import EXPLANATION, Stored
+from swapper.decision import EXPLANATION, Stored, calibration_json
 from swapper.models import UsageLog
 
 
@@ -37,6 +38,7 @@ def explanation_of(stored: Stored) -> dict[str, Any]:
             for rule, count in sorted(stored.excluded.items(), key=lambda item: (-item[1], item[0]))
         ],
         "runner_up": stored.runner_up and stored.runner_up.as_json(),
+        "weighing": stored.weighing and msgspec.to_builtins(stored.weighing),
     }
 
 
@@ -61,6 +63,7 @@ def decision_json(stored: Stored) -> dict[str, Any]:
         "task_type": stored.task_type,
         "chain": [link.as_json() for link in stored.chain],
         "cost_breakdown": stored.cost_breakdown,
+        "calibration": calibration_json(stored),
         "using_user_keys": stored.own_key,
         "security_level": stored.security_level,
         "security_warning": stored.security_warning,

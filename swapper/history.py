@@ -255,6 +255,9 @@ RULES = {
     "max_cost": "dearer than the request's max_cost",
     "model_not_allowed": "not among the models that the key may use",
     "rate_limited": "at a provider that has reached its limit per minute",
+    "model_down": "does not answer at present: its breaker is open",
+    "provider_down": "at a provider that does not answer at present, or asked for a pause",
+    "awaits_probe": "failed to answer lately; another request finds out whether it does again",
 }
 
 

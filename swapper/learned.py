@@ -293,6 +293,18 @@ class Serving:
         )
         return prompt, completion
 
+    def usual(self, account_id: int, task: str) -> tuple[float | None, float | None]:
+        """What share of its estimates of (prompt, completion) tokens the account mostly uses; None:
+        nearly all of them, or more."""
+        ratios = self._copy.ratios
+        prompt, completion = (
+            row.usual
+            if (row := ratios.get(ratio_key(account_id, task, side))) and row.overestimates
+            else None
+            for side in ("prompt", "completion")
+        )
+        return prompt, completion
+
 
 def ratio_key(account_id: int, task: str, side: str) -> str:
     return f"{account_id}/{task}/{side}"

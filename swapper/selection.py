@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from swapper import pricing
 from swapper.ranking.choice import PARTS, Candidate, Choice, Ranking
 from swapper.ranking.query import PRIOR_WEIGHT, Knowledge, Query
-from swapper.ranking.reasons import explain
+from swapper.ranking.reasons import explain, overestimated
 from swapper.ranking.table import Floats, Mask, ModelCard, Table
 from swapper.ranking.weights import (
     EXPLORING,
@@ -32,7 +32,8 @@ from swapper.ranking.weights import (
 __all__ = (
     "EXPLAINED", "EXPLORING", "NAMED", "PARTS", "PRESSURE_FROM", "PRIOR_WEIGHT", "REPROBE_SHARE",
     "WEIGHTS", "Candidate", "Choice", "Floats", "Knowledge", "Mask", "ModelCard", "Preference",
-    "Priority", "Query", "Ranking", "Table", "Weights", "explain", "rank",
+    "Priority", "Query", "Ranking", "Table", "Weights", "explain",
+    "overestimated", "rank",
 )  # fmt: skip
 
 # Candidates kept for the explanation, and names of those that a rule excluded.

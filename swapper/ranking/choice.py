@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ FALLBACKS = 3
 FALLBACK_FACTOR = Decimal(2)
 FALLBACK_FLOOR_USD = Decimal("0.001")
 PARTS = ("quality", "cost", "latency", "preference")
+# Why a model was chosen beside what is known: for nothing else; a quality drawn, to learn; it got
+# worse, and may be back; it did not answer, and may again.
+Exploration = Literal["none", "drawn", "reprobe", "probe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class Ranking:
     drawn: Mask | None = None
     # The model that was put first to see whether it is back.
     reprobed: int | None = None
+    # The model for whose half-open breaker this request is the probe.
+    probing: int | None = None
     _estimates: dict[int, Decimal] = field(default_factory=dict)
     # Whom each rule excluded, where the rule knows.
     ruled_out: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
@@ -155,12 +161,16 @@ class Ranking:
         """The ``count`` best, whatever they cost."""
         return self.candidates(self.order[:count].tolist())
 
-    def cheapest(self) -> Candidate | None:
-        """The cheapest that may serve the query, exactly; the better score wins a tie."""
-        if not len(self):
+    def cheapest(self, but: Mask | None = None) -> Candidate | None:
+        """The cheapest that may serve the query, exactly; the better score wins a tie.
+
+        ``but``: models that are left out.
+        """
+        order = self.order if but is None else self.order[~but[self.order]]
+        if not len(order):
             return None
-        costs = self.costs[self.order]
-        near = self.order[costs <= costs.min() * (1 + 1e-9)].tolist()
+        costs = self.costs[order]
+        near = order[costs <= costs.min() * (1 + 1e-9)].tolist()
         return self.candidates([min(near, key=self.estimate)])[0]
 
     def within(self, indices: NDArray[np.intp], usd: Decimal | None) -> NDArray[np.intp]:
@@ -175,15 +185,26 @@ class Ranking:
             fits[position] = self.estimate(int(indices[position])) <= usd
         return indices[fits]
 
-    @property
-    def exploration(self) -> str:
-        """In words: whether the first one was chosen for what is known, or to learn."""
-        if self.reprobed is not None:
-            return "asked to see whether it is back"
-        return "no exploration" if self.drawn is None else "qualities drawn from what is known"
+    def exploration(self, candidate: Candidate) -> Exploration:
+        """Whether to choose ``candidate`` is to learn something, and what."""
+        index = self.table.index[candidate.card.id]
+        if index == self.probing or self.knowledge.probes[index]:
+            return "probe"
+        if index == self.reprobed:
+            return "reprobe"
+        return "none" if self.drawn is None else "drawn"
 
     def latency_ms(self, candidate: Candidate) -> float:
         return float(self.knowledge.latency_ms[self.table.index[candidate.card.id]])
+
+    def better_excluded(self, rule: str, than: Candidate) -> str | None:
+        """The name of the best model that ``rule`` excluded and that ranks above ``than``."""
+        broken = self.ruled_out.get(rule)
+        if broken is None:
+            return None
+        gone = np.flatnonzero(broken)
+        best = int(gone[self.scores[gone].argmax()])
+        return self.table.cards[best].name if self.scores[best] > than.score else None
 
     def fits(self, index: int, rooms_usd: Mapping[str, Decimal]) -> bool:
         """Whether model ``index`` fits the room of its provider, if that has a limit."""

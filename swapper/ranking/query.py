@@ -33,15 +33,18 @@ class Query:
     max_price_per_1k: Decimal | None = None
     money_utilisation: float = 0.0
     preference: Preference = "balanced"
-    # The account paces itself: spending over what the day so far allows; above 1 it runs ahead.
-    pace: float = 0.0
+    # Spending over what the day so far allows: above 1 it runs ahead. None: no pacing is asked for.
+    pace: float | None = None
     # What the tokens were multiplied by, because such calls take more than is estimated.
     calibration: tuple[float, float] = (1.0, 1.0)
+    # Share of the estimated (prompt, completion) tokens that such calls mostly take, where that is
+    # far less than all.
+    usual: tuple[float | None, float | None] = (None, None)
 
     @property
     def pressure(self) -> float:
         """What shifts the weights towards cost: being on pace counts as PRESSURE_FROM."""
-        return max(self.money_utilisation, PRESSURE_FROM * self.pace)
+        return max(self.money_utilisation, PRESSURE_FROM * (self.pace or 0.0))
 
     @property
     def tokens(self) -> int:

@@ -1,56 +1,120 @@
-"""A choice in a sentence or two."""
+"""A choice in a few sentences: on what figures, against whom, and what else had a say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
 from swapper.ranking.choice import Candidate, Choice, Ranking
-from swapper.ranking.weights import PRESSURE_FROM
+from swapper.ranking.weights import EXPLORING, PRESSURE_FROM
+
+# What is left out for a while although it may be better. Other rules are the request's own.
+FOR_NOW = {
+    "model_down": "it does not answer at present",
+    "provider_down": "its provider does not answer at present",
+    "awaits_probe": "it is not known yet whether it answers again",
+    "rate_limited": "its provider has reached its limit per minute",
+}
+LEANING = {
+    "cheaper": "cost weighs twice as much",
+    "better": "cost and latency weigh half as much",
+    "faster": "latency weighs twice as much",
+}
 
 
 def explain(ranking: Ranking, choice: Choice, best: Sequence[Candidate]) -> str:
-    """One or two sentences: what was chosen, on what figures, and what came second.
+    """What was chosen, on what figures, what came second, and what shifted the weights.
 
     ``best`` are the ranking's first candidates, two at least where there are two.
     """
-    chosen = choice.chosen
-    card = chosen.card
+    chosen, query = choice.chosen, ranking.query
+    first = (
+        f"{chosen.card.name} ({chosen.card.provider_type}) for {query.task_type}:"
+        f" {believed(chosen)}, about ${short(chosen.estimate_usd)}"
+        f" and {ranking.latency_ms(chosen):.0f} ms"
+    )
+    other = next((c for c in best if c.card is not chosen.card), None)
+    if other is not None and choice.too_dear is None:
+        how = ranking.exploration(chosen)
+        role = "instead of" if how in ("probe", "reprobe") else "runner-up"
+        first += (
+            f"; {role} {other.card.name} {other.quality:.2f}, about ${short(other.estimate_usd)}"
+        )
+    first += f"; {exploration(ranking, chosen)}."
+    return " ".join([first, *circumstances(ranking, choice)])
+
+
+def believed(candidate: Candidate) -> str:
+    """``0.91 ± .03 from 142 outcomes``."""
+    seen = candidate.observations
     basis = (
-        f"{chosen.observations} {'outcome' if chosen.observations == 1 else 'outcomes'}"
-        if chosen.observations
+        f"{seen:,} {'outcome' if seen == 1 else 'outcomes'}"
+        if seen
         else "the catalogue, not tried yet"
     )
-    text = (
-        f"{card.name} ({card.provider_type}) for {ranking.query.task_type}:"
-        f" quality {chosen.quality:.2f} ± {chosen.deviation:.2f} from {basis},"
-        f" about {ranking.latency_ms(chosen):.0f} ms and at most"
-        f" ${pricing_text(chosen.estimate_usd)}, best of {len(ranking)}"
-        f" {'candidate' if len(ranking) == 1 else 'candidates'}"
-    )
-    runner_up = next((c for c in best if c.card is not card), None)
-    if runner_up is not None and choice.too_dear is None:
-        text += f"; runner-up {runner_up.card.name} {runner_up.quality:.2f}"
-    text += f"; {ranking.exploration} ({ranking.query.priority} priority)."
+    deviation = f"{candidate.deviation:.2f}".removeprefix("0")
+    return f"{candidate.quality:.2f} ± {deviation} from {basis}"
+
+
+def exploration(ranking: Ranking, chosen: Candidate) -> str:
+    priority = ranking.query.priority
+    match ranking.exploration(chosen):
+        case "probe":
+            return f"a probe: it failed to answer lately, and may again ({priority} priority)"
+        case "reprobe":
+            return f"a re-probe: it got worse, and may be back ({priority} priority)"
+        case "drawn":
+            if chosen.drawn is None:
+                return f"others' qualities were drawn, to learn ({priority} priority)"
+            return f"its quality was drawn as {chosen.drawn:.2f}, to learn ({priority} priority)"
+    if priority in EXPLORING:
+        return f"no exploration: turned off ({priority} priority)"
+    return f"no exploration: {priority} priority"
+
+
+def circumstances(ranking: Ranking, choice: Choice) -> Iterator[str]:
+    """What else had a say, a sentence each."""
+    query = ranking.query
     if choice.too_dear is not None:
         better = choice.too_dear
-        text += (
-            f" {better.card.name} ranks higher ({better.score:.2f}) but its"
-            f" ${pricing_text(better.estimate_usd)} does not fit what is free."
+        yield (
+            f"{better.card.name} ranks higher ({better.score:.2f}) but its"
+            f" ${short(better.estimate_usd)} does not fit what is free."
         )
-    if ranking.query.money_utilisation >= PRESSURE_FROM:
-        text += (
-            f" Cost weighs more: {ranking.query.money_utilisation:.0%} of a spending limit is used."
+    for rule, why in FOR_NOW.items():
+        if name := ranking.better_excluded(rule, choice.chosen):
+            yield f"{name} would rank higher, but {why}."
+    if query.money_utilisation >= PRESSURE_FROM:
+        yield f"Cost weighs more: {query.money_utilisation:.0%} of a spending limit is used."
+    elif query.pace is not None and query.pace > 1:
+        yield (
+            f"Cost weighs more: spending runs ahead of the day, at {query.pace:.2f} times an even"
+            " pace."
         )
-    elif ranking.query.pace > 1:
-        text += " Cost weighs more: spending runs ahead of the day."
-    more = max(ranking.query.calibration)
+    more = max(query.calibration)
     if more > 1:
-        text += f" Held for up to {more:.2f} times the estimate, which such calls run past."
-    if ranking.query.preference != "balanced":
-        text += f" The account prefers {ranking.query.preference} models."
-    return text
+        yield f"Held for up to {more:.2f} times the estimate, which such calls run past."
+    if overestimates := overestimated(query.usual):
+        yield overestimates
+    if query.preference != "balanced":
+        yield f"The account prefers {query.preference} models: {LEANING[query.preference]}."
 
 
-def pricing_text(usd: Decimal) -> str:
-    return f"{usd.normalize():f}"
+def overestimated(usual: tuple[float | None, float | None]) -> str | None:
+    """What to tell who estimates too many (prompt, completion) tokens; None: nothing."""
+    sides = [
+        f"{share:.0%} of the {side} tokens"
+        for side, share in zip(("prompt", "completion"), usual, strict=True)
+        if share is not None
+    ]
+    if not sides:
+        return None
+    return f"Such calls mostly take {' and '.join(sides)} estimated: more is held than is needed."
+
+
+def short(usd: Decimal) -> str:
+    """Three digits that count: ``0.00281``."""
+    if usd == 0:
+        return "0"
+    places = Decimal(1).scaleb(usd.adjusted() - 2)
+    return f"{usd.quantize(places).normalize():f}" if usd < 100 else f"{usd:.0f}"
