@@ -12,9 +12,9 @@ from django.conf import settings
 from billing.models import Hold
 from billing.money import plain
 from billing.pruning import prune_contexts
-from swapper import history
 from swapper.decision import EXPLANATION, Stored, calibration_json
 from swapper.models import UsageLog
+from swapper.story import in_words, is_chosen, request_story
 
 
 def explanation_of(stored: Stored) -> dict[str, Any]:
@@ -25,13 +25,13 @@ def explanation_of(stored: Stored) -> dict[str, Any]:
     return {
         "asked": stored.asked,
         "candidates": [
-            {**candidate.as_json(), "chosen": history.is_chosen(stored, candidate)}
+            {**candidate.as_json(), "chosen": is_chosen(stored, candidate)}
             for candidate in stored.candidates
         ],
         "excluded": [
             {
                 "rule": rule,
-                "reason": history.in_words(rule),
+                "reason": in_words(rule),
                 "models": count,
                 "names": stored.excluded_names.get(rule, ()),
             }
@@ -44,7 +44,7 @@ def explanation_of(stored: Stored) -> dict[str, Any]:
 
 def record(account_id: int, user_id: str, request_id: UUID) -> dict[str, Any]:
     """A selection from asking to the end. Raises Hold.DoesNotExist, also for another account's."""
-    story = history.request_story(account_id, request_id)
+    story = request_story(account_id, request_id)
     stored, hold = story.decision, story.hold
     return {
         "request_id": hold.pk,

@@ -10,7 +10,7 @@ import pytest
 
 from billing.models import Account, AccountSettings
 from swapper.decision import read_stored
-from swapper.history import RULES
+from swapper.story import RULES
 from swapper.learned import Copy, changing, ratio_key, save, save_breakers
 from swapper.learning.breakers import Breaker
 from swapper.learning.cells import Cell
