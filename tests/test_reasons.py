@@ -10,12 +10,12 @@ import pytest
 
 from billing.models import Account, AccountSettings
 from swapper.decision import read_stored
-from swapper.story import RULES
 from swapper.learned import Copy, changing, ratio_key, save, save_breakers
 from swapper.learning.breakers import Breaker
 from swapper.learning.cells import Cell
 from swapper.learning.drift import Drift
 from swapper.learning.holds import Ratios
+from swapper.story import RULES
 from tests.conftest import Caller, Shelf, edit, limits, make_model, make_own_key
 
 

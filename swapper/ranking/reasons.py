@@ -48,9 +48,7 @@ def believed(candidate: Candidate) -> str:
     """``0.91 ± .03 from 142 outcomes``."""
     seen = candidate.observations
     basis = (
-        f"{seen:,} {'outcome' if seen == 1 else 'outcomes'}"
-        if seen
-        else "the catalogue, not tried yet"
+        f"{seen:,} {'outcome' if seen == 1 else 'outcomes'}" if seen else "no outcome of its own"
     )
     deviation = f"{candidate.deviation:.2f}".removeprefix("0")
     return f"{candidate.quality:.2f} ± {deviation} from {basis}"
