@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from allauth.account.internal.flows.login import record_authentication
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.db import connection
-from django.http import HttpRequest
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils.html import strip_tags
@@ -23,7 +20,7 @@ from swapper import learned
 from swapper.learned import force, read_breakers, save_breakers
 from swapper.learning.breakers import Breaker
 from swapper.models import BreakerEvent, LearnedState
-from tests.conftest import Caller, Shelf, limits, make_model, make_own_key
+from tests.conftest import Caller, Shelf, limits, make_model, make_own_key, signed_in
 from tests.test_reasons import down, estimate, half_open
 
 LIST = "/admin/swapper/breaker/"
@@ -32,25 +29,6 @@ LIST = "/admin/swapper/breaker/"
 def text_of(response: Any) -> str:
     assert response.status_code == 200, response
     return re.sub(r"\s+", " ", strip_tags(response.content.decode()))
-
-
-@pytest.fixture
-def sign_in(staff: User) -> Callable[..., Client]:
-    """A browser of the staff's, or of another user; ``just_now``: with the password just given."""
-    staff.set_password("correct horse battery staple")
-    staff.save()
-
-    def sign_in(user: User = staff, *, just_now: bool = True) -> Client:
-        client = Client()
-        client.force_login(user, backend="django.contrib.auth.backends.ModelBackend")
-        if just_now:
-            request = HttpRequest()
-            request.session = session = client.session
-            record_authentication(request, user, "password", reauthenticated=True)
-            session.save()
-        return client
-
-    return sign_in
 
 
 def page_of(model: Any) -> str:
@@ -64,60 +42,56 @@ def breaker_of(kind: str, row: Any) -> Breaker:
 # --- Staff -----------------------------------------------------------------------------------
 
 
-def test_a_breaker_is_forced_with_the_password_and_a_reason_that_is_kept(
-    sign_in: Callable[..., Client], shelf: Shelf
-):
+def test_a_breaker_is_forced_with_the_password_and_a_reason_that_is_kept(staff: User, shelf: Shelf):
     down(shelf.large)
     page = page_of(shelf.large)
-    late = sign_in(just_now=False)
+    late = signed_in(staff, just_now=False)
     assert "confirm that it is you" in text_of(late.get(page))
     said = {"force": "open", "reason": "contract ended"}
     answer = late.post(page, said, HTTP_REFERER=f"http://testserver{page}")
     assert answer.status_code == 302 and "/reauthenticate/" in answer["Location"]
     assert breaker_of("model", shelf.large).forced is None
 
-    staff = sign_in()
-    assert "confirm that it is you" not in text_of(staff.get(page))
-    assert "at least 3" in text_of(staff.post(page, {"force": "open", "reason": "x"}))
+    browser = signed_in(staff)
+    assert "confirm that it is you" not in text_of(browser.get(page))
+    assert "at least 3" in text_of(browser.post(page, {"force": "open", "reason": "x"}))
     assert breaker_of("model", shelf.large).forced is None
-    assert staff.post(page, said).status_code == 302
+    assert browser.post(page, said).status_code == 302
     assert breaker_of("model", shelf.large).forced == "open"
     [event] = BreakerEvent.objects.all()
     assert (event.what, event.reason, event.by) == ("forced open", "contract ended", "staff")
     assert LogEntry.objects.get().change_message == "open: contract ended"
-    text = text_of(staff.get(page))
+    text = text_of(browser.get(page))
     assert "open, forced" in text and "forced open by staff, contract ended" in text
-    assert 'value="open" id="id_force_0" checked' in staff.get(page).content.decode().replace(
+    assert 'value="open" id="id_force_0" checked' in browser.get(page).content.decode().replace(
         " required", ""
     )
-    staff.post(page, {"force": "", "reason": "renewed"})
+    browser.post(page, {"force": "", "reason": "renewed"})
     assert breaker_of("model", shelf.large).standing(time.time()) == "closed"
 
 
 def test_what_nothing_was_reported_of_can_be_forced_as_well(
-    sign_in: Callable[..., Client], shelf: Shelf, automodel: Caller, alice: Account
+    staff: User, shelf: Shelf, automodel: Caller, alice: Account
 ):
-    staff = sign_in()
+    browser = signed_in(staff)
     asked = {"priority": "critical", "dry_run": True}
     assert automodel.select(**asked).json()["selected_model_name"] == "large"
     said = {"provider": str(shelf.large.provider_id), "force": "open", "reason": "maintenance"}
     both = {**said, "model": str(shelf.large.pk)}
-    assert "Choose a model or a provider." in text_of(staff.post(f"{LIST}add/", both))
-    assert sign_in(just_now=False).post(f"{LIST}add/", said).status_code == 302
+    assert "Choose a model or a provider." in text_of(browser.post(f"{LIST}add/", both))
+    assert signed_in(staff, just_now=False).post(f"{LIST}add/", said).status_code == 302
     assert not LearnedState.objects.exists()
-    assert staff.post(f"{LIST}add/", said).status_code == 302
+    assert browser.post(f"{LIST}add/", said).status_code == 302
     assert breaker_of("provider", shelf.large.provider).forced == "open"
     assert automodel.select(**asked).json()["selected_model_name"] == "medium"
-    assert "openai" in text_of(staff.get(LIST))
+    assert "openai" in text_of(browser.get(LIST))
 
 
-def test_who_may_only_look_at_breakers_can_not_force_them(
-    sign_in: Callable[..., Client], shelf: Shelf
-):
+def test_who_may_only_look_at_breakers_can_not_force_them(staff: User, shelf: Shelf):
     down(shelf.large)
     clerk = User.objects.create(username="clerk", is_staff=True)
     clerk.user_permissions.add(Permission.objects.get(codename="view_breaker"))
-    browser = sign_in(clerk)
+    browser = signed_in(clerk)
     page = page_of(shelf.large)
     assert 'name="reason"' not in browser.get(page).content.decode()
     assert browser.post(page, {"force": "closed", "reason": "why not"}).status_code == 403
@@ -126,25 +100,25 @@ def test_who_may_only_look_at_breakers_can_not_force_them(
 
 
 def test_the_list_says_who_tripped_why_and_since_when_in_as_many_queries_as_for_one(
-    sign_in: Callable[..., Client], shelf: Shelf
+    staff: User, shelf: Shelf
 ):
-    staff = sign_in()
+    browser = signed_in(staff)
     down(shelf.large)
-    text_of(staff.get(LIST))
+    text_of(browser.get(LIST))
     with CaptureQueriesContext(
         connection,
     ) as one:
-        text_of(staff.get(LIST))
+        text_of(browser.get(LIST))
     for name in ("medium", "small", "tiny"):
         down(shelf[name])
     save_breakers({("model", str(shelf.tiny.pk)): Breaker(recent=("",))})
     with CaptureQueriesContext(connection) as more:
-        text = text_of(staff.get(LIST))
+        text = text_of(browser.get(LIST))
     assert len(one) == len(more)
     assert all(name in text for name in ("large", "medium", "small", "tiny", "test"))
-    assert "tiny" not in text_of(staff.get(f"{LIST}?now=open"))
-    assert "large" in text_of(staff.get(f"{LIST}?now=open"))
-    assert "large" not in text_of(staff.get(f"{LIST}?now=forced&q=large"))
+    assert "tiny" not in text_of(browser.get(f"{LIST}?now=open"))
+    assert "large" in text_of(browser.get(f"{LIST}?now=open"))
+    assert "large" not in text_of(browser.get(f"{LIST}?now=forced&q=large"))
 
 
 def test_the_start_page_names_breakers_that_are_not_closed(

@@ -17,7 +17,6 @@ from uuid import uuid4
 import psycopg
 import pytest
 from django.contrib.auth.models import User
-from django.test import Client
 from django.utils import timezone
 
 from billing.models import Account, Hold
@@ -26,7 +25,7 @@ from swapper.learner import Learner
 from swapper.learning.breakers import Breaker
 from swapper.models import BreakerEvent, LearnedState, Model, Outcome, TaskPerformance
 from swapper.usage import expire
-from tests.conftest import Caller, Shelf, caller, edit
+from tests.conftest import Caller, Shelf, caller, edit, signed_in
 from tests.server import ROOT, Server, database_url, environment, server  # noqa: F401 (fixture)
 
 WORDS = {"success": False, "completion_tokens": 0}
@@ -288,8 +287,7 @@ def test_holds_grow_where_calls_run_past_their_estimates(
 def test_staff_see_who_tripped_and_why_and_force_with_a_reason(
     automodel: Caller, alice: Account, shelf: Shelf, staff: User
 ):
-    browser = Client()
-    browser.force_login(staff)
+    browser = signed_in(staff)
     for _ in range(3):
         use(automodel, **WORDS, error_kind="timeout")
     learn()
