@@ -9,7 +9,7 @@ from typing import Any
 from django import forms
 from django.contrib import admin
 from django.contrib.admin import ModelAdmin
-from django.contrib.admin.widgets import AutocompleteSelect
+from django.contrib.admin.widgets import AdminRadioSelect, AutocompleteSelect
 from django.db.models import FloatField, OuterRef, Q, QuerySet, Subquery, UUIDField
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce
@@ -26,6 +26,7 @@ from swapper.models import Breaker, BreakerEvent, LearnedState, Model, Price, Pr
 BREAKERS = (LearnedState.Kind.MODEL, LearnedState.Kind.PROVIDER)
 CHOICES = [("open", "Keep it open: not used"), ("closed", "Keep it closed: used")]
 SHOWN_EVENTS = 20
+CHOICE = AdminRadioSelect(attrs={"class": "radiolist"})
 
 
 def named(rows: type[Model] | type[Provider]) -> Subquery:
@@ -44,7 +45,7 @@ class ForceForm(forms.ModelForm):
     force = forms.ChoiceField(
         choices=[*CHOICES, ("", "Leave it to itself, from a clean start")],
         required=False,
-        widget=forms.RadioSelect,
+        widget=CHOICE,
         help_text="Until it is changed here again.",
     )
     reason = forms.CharField(
@@ -61,20 +62,27 @@ class ForceForm(forms.ModelForm):
             self.fields["force"].initial = decoded_breaker(self.instance.state).forced or ""
 
 
+class Found(AutocompleteSelect):
+    """Has a word in it while nothing is chosen: else it has no name for a screen reader."""
+
+    def build_attrs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**super().build_attrs(*args, **kwargs), "data-placeholder": "none"}
+
+
 class ForceAnyForm(ForceForm):
     """For a model or provider that nothing was reported of, so that it has no breaker yet."""
 
-    force = forms.ChoiceField(choices=CHOICES, widget=forms.RadioSelect, initial="open")
+    force = forms.ChoiceField(choices=CHOICES, widget=CHOICE, initial="open")
     # The fields name whom to look for: any that lead to models and providers.
     model = forms.ModelChoiceField(
         Model.objects.all(),
         required=False,
-        widget=AutocompleteSelect(Price._meta.get_field("model"), admin.site),
+        widget=Found(Price._meta.get_field("model"), admin.site),
     )
     provider = forms.ModelChoiceField(
         Provider.objects.all(),
         required=False,
-        widget=AutocompleteSelect(Model._meta.get_field("provider"), admin.site),
+        widget=Found(Model._meta.get_field("provider"), admin.site),
     )
 
     def clean(self) -> dict[str, Any]:
@@ -156,6 +164,8 @@ class BreakerAdmin(ModelAdmin):
         if self.has_change_permission(request):
             confirm_at = confirmation_address(request, request.get_full_path())
         extra = {**(extra_context or {}), "confirm_at": confirm_at}
+        if object_id is None:
+            extra["title"] = "Force a breaker open or closed"
         return super().changeform_view(request, object_id, form_url, extra)
 
     def save_model(self, request: HttpRequest, obj: Breaker, form: Any, change: bool) -> None:
@@ -189,8 +199,9 @@ class BreakerAdmin(ModelAdmin):
         return breaker.reason or "–"
 
     @admin.display(description="since")
-    def since(self, row: Breaker) -> datetime | None:
-        return moment(decoded_breaker(row.state).since)
+    def since(self, row: Breaker) -> str:
+        at = moment(decoded_breaker(row.state).since)
+        return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "–"
 
     @admin.display(description="times tripped")
     def trips(self, row: Breaker) -> int:

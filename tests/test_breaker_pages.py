@@ -63,9 +63,7 @@ def test_a_breaker_is_forced_with_the_password_and_a_reason_that_is_kept(staff: 
     assert LogEntry.objects.get().change_message == "open: contract ended"
     text = text_of(browser.get(page))
     assert "open, forced" in text and "forced open by staff, contract ended" in text
-    assert 'value="open" id="id_force_0" checked' in browser.get(page).content.decode().replace(
-        " required", ""
-    )
+    assert re.search(r'<input[^>]*value="open"[^>]*checked', browser.get(page).content.decode())
     browser.post(page, {"force": "", "reason": "renewed"})
     assert breaker_of("model", shelf.large).standing(time.time()) == "closed"
 
