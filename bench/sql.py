@@ -72,7 +72,13 @@ def scripts(world: World, hold_context: str, call: str, *, hot: bool) -> dict[st
     common = {"prefix": literal(world.prefix), "at": "NULL", "emergency": "'50'"}
     read = with_values(
         token_statement(context.ACCOUNT_CONTEXT),
-        {**common, "user_id": name, "user_tier": "NULL", "idempotency_key": "NULL"},
+        {
+            **common,
+            "user_id": name,
+            "user_tier": "NULL",
+            "idempotency_key": "NULL",
+            "task_type": "'chat'",
+        },
     )
     place = with_values(
         PLACE,

@@ -45,6 +45,9 @@ REPROBE_SHARE = env.float("REPROBE_SHARE", default=0.35)
 # For how many days after its end a selection can be explained in full: what was asked, who was
 # considered, who was not.
 EXPLANATION_DAYS = env.int("EXPLANATION_DAYS", default=30)
+# For how many days staff see which breakers opened and closed; how an account's calls compare with
+# their estimates is forgotten when it made none of a task for as long.
+LEARNED_DAYS = env.int("LEARNED_DAYS", default=90)
 
 # --- Database ------------------------------------------------------------------------------
 required("DATABASE_URL", "postgres://user:password@host:port/name of ModelSwapper's database")

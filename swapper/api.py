@@ -96,6 +96,7 @@ class SelectModel(JsonView):
                 "user_id": message.user_id,
                 "user_tier": message.user_tier and message.user_tier.upper(),
                 "idempotency_key": idempotency_key(request),
+                "task_type": message.task_type,
             }
         )
 

@@ -19,7 +19,8 @@ from swapper.catalogue import Snapshot, Task
 from swapper.context import Caller
 from swapper.decision import Stored, answer_of, encoder
 from swapper.explanation import explanation_of
-from swapper.learned import claim_probe, serving
+from swapper.learned import Serving, claim_probe, serving
+from swapper.learning.state import Learned
 from swapper.messages import SelectRequest
 from swapper.rates import Claim
 from swapper.selection import Choice, Ranking, Table
@@ -74,35 +75,36 @@ class Asking:
         """What the estimates of (prompt, completion) tokens are multiplied by for the hold."""
         if self.at is not None:
             return 1.0, 1.0
-        return serving.factors(self.caller.row.account_id, self.task.name)
+        prompt, completion = self.caller.row.calibration
+        return float(prompt or 1), float(completion or 1)
 
     @property
     def usual(self) -> tuple[float | None, float | None]:
         """What share of estimated (prompt, completion) tokens is used, where it is far from all."""
         if self.at is not None:
             return None, None
-        return serving.usual(self.caller.row.account_id, self.task.name)
+        prompt, completion = (share and float(share) for share in self.caller.row.usual)
+        return prompt, completion
 
-    def rank(self, table: Table, query: selection.Query, *, own: bool = False) -> Ranking:
-        """``table`` ranked for ``query`` by what was learned so far; ``own``: the account's own.
+    def rank(
+        self, table: Table, query: selection.Query, learned: Learned | Serving = serving
+    ) -> Ranking:
+        """``table`` ranked for ``query`` by what was ``learned`` so far: of ours, or of an own key.
 
         History is not judged by what was learned since, and draws nothing.
         """
         if self.at is not None:
             return selection.rank(table, query)
-        now = query.at.timestamp()
-        if own:
-            tasks = self.snapshot.tasks
-            knowledge = serving.knowledge_of_own(table, query.task_type, tasks, now)
-        else:
-            knowledge = serving.knowledge(table, query.task_type, now)
+        knowledge = learned.knowledge(table, query.task_type, query.at.timestamp())
         return selection.rank(table, query, knowledge, serving.generator(), settings.REPROBE_SHARE)
 
-    def may_ask(self, ranking: Ranking, choice: Choice) -> bool:
+    def may_ask(
+        self, ranking: Ranking, choice: Choice, learned: Learned | Serving = serving
+    ) -> bool:
         """Whether the chosen model may be asked: one with a breaker half-open by one request only,
         which this one then is. Where it may not, it is taken out of ``ranking``."""
         card, at = choice.chosen.card, ranking.query.at.timestamp()
-        if self.at is not None or not serving.is_half_open(card.id, card.provider_id, at):
+        if self.at is not None or not learned.is_half_open(card.id, card.provider_id, at):
             return True
         if self.request.dry_run or claim_probe(card.id, card.provider_id, at):
             ranking.probing = ranking.table.index[card.id]

@@ -19,12 +19,22 @@ from billing.limits import LIMITS, LimitStates
 from billing.sql import Statement
 from mswap_site.errors import Forbidden, NotAuthenticated, NotFound
 
+
+def learned(figure: str, side: str) -> str:
+    """SQL: of the account's estimates of the task's tokens, ``factor``: by how much they grow for a
+    hold, or ``usual``: the share that is used where they are too high; NULL: not learned."""
+    return f"""(SELECT (l.state ->> '{figure}')::numeric FROM swapper_learnedstate l
+        WHERE l.kind = 'ratios' AND l.key = a.id || '/' || %(task_type)s::text || '/{side}')"""
+
+
 TIER_AND_COUNTERS = f"""
     a.id AS account_id, a.external_id, a.tier_id, a.system_fallback, t.code AS effective_tier,
     t.max_price_per_1k_usd, t.own_keys, t.full_provider_config,
     COALESCE(t.approval_threshold_usd, t.usd_per_request / 2) AS approval_threshold_usd,
     m.stopped_at, s.at AS read_at,
     COALESCE(o.preference, 'balanced') AS preference, COALESCE(o.pacing, false) AS pacing,
+    ARRAY[{learned("factor", "prompt")}, {learned("factor", "completion")}] AS calibration,
+    ARRAY[{learned("usual", "prompt")}, {learned("usual", "completion")}] AS usual,
     {counters_array("s")} AS counters
 """
 
@@ -118,7 +128,8 @@ def caller_of(request: Request) -> Caller:
 
 def named_account(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of ACCOUNT_CONTEXT from what a request names."""
-    return {"user_id": None, "user_tier": None, "idempotency_key": None, **params}
+    nothing = {"user_id": None, "user_tier": None, "idempotency_key": None, "task_type": None}
+    return nothing | dict(params)
 
 
 ACCOUNT_ROW = Statement(

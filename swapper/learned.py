@@ -4,6 +4,10 @@ Every change is made under one lock, in a transaction that takes a new version f
 writes. The lock is held until the commit, so that versions become visible in their order, and a
 copy is brought up to date by the rows above the version that it has. ``swapper/learner.py`` writes
 what reports say; a selection writes only that it is the probe of a breaker.
+
+A process has a copy of what is known of our models alone, who are as many as the catalogue has.
+What belongs to an account (its own models, and how its calls compare with their estimates) is read
+when it is needed, however many accounts there are.
 """
 
 from __future__ import annotations
@@ -42,15 +46,29 @@ KINDS: dict[str, type[Row]] = {
     "ratios": Ratios,
 }
 
-# One statement, so that both parts are as of one moment.
-CHANGED = """
-SELECT kind, key, state::text, version FROM swapper_learnedstate WHERE version > %(version)s
-UNION ALL
-SELECT 'cell', p.model_id::text, json_build_array(t.name, p.good, p.bad, p.sample_size,
-    p.latency_ms, p.avg_latency, p.avg_cost::float8,
+CELLS = """
+SELECT 'cell' AS kind, p.model_id::text AS key, json_build_array(t.name, p.good, p.bad,
+    p.sample_size, p.latency_ms, p.avg_latency, p.avg_cost::float8,
     extract(epoch FROM p.last_success_at)::float8, extract(epoch FROM p.last_failure_at)::float8,
-    p.before, p.before_weight, p.success_rate::float8)::text, p.version
-FROM task_performance p JOIN task_types t ON t.id = p.task_type_id WHERE p.version > %(version)s
+    p.before, p.before_weight, p.success_rate::float8)::text AS state, p.version
+FROM task_performance p JOIN task_types t ON t.id = p.task_type_id
+JOIN models m ON m.id = p.model_id JOIN providers o ON o.id = m.provider_id
+"""
+# One statement, so that all parts are as of one moment. The last row: own models' cells, which are
+# not read, need not be looked at again.
+CHANGED = f"""
+SELECT kind, key, state::text, version FROM swapper_learnedstate
+WHERE version > %(version)s AND account_id IS NULL
+UNION ALL {CELLS} WHERE p.version > %(version)s AND o.account_id IS NULL
+UNION ALL SELECT 'seen', '', '', max(version) FROM task_performance
+HAVING max(version) > %(version)s
+"""
+OWNED = f"""
+SELECT kind, key, state::text, version FROM swapper_learnedstate
+WHERE account_id = ANY(%(accounts)s) AND kind <> 'ratios'
+UNION ALL {CELLS} WHERE o.account_id = ANY(%(accounts)s)
+UNION ALL SELECT kind, key, state::text, version FROM swapper_learnedstate
+WHERE kind = 'ratios' AND key = ANY(%(ratios)s)
 """
 
 # The success rate is over all outcomes ever counted: the rows' and the new ones'.
@@ -78,8 +96,13 @@ ON CONFLICT (task_type_id, model_id) DO UPDATE SET
     before_weight = EXCLUDED.before_weight, version = EXCLUDED.version
 """
 SAVE_STATES = """
-INSERT INTO swapper_learnedstate AS s (kind, key, state, version)
-SELECT kind, key, state, %(version)s
+INSERT INTO swapper_learnedstate AS s (kind, key, account_id, state, version)
+SELECT kind, key, CASE kind
+    WHEN 'ratios' THEN split_part(key, '/', 1)::bigint
+    WHEN 'provider' THEN (SELECT account_id FROM providers WHERE id = key::uuid)
+    ELSE (SELECT p.account_id FROM models m JOIN providers p ON p.id = m.provider_id
+        WHERE m.id = key::uuid)
+    END, state, %(version)s
 FROM jsonb_to_recordset(%(states)s::jsonb) AS r(kind text, key text, state jsonb)
 ON CONFLICT (kind, key) DO UPDATE
     SET state = EXCLUDED.state, version = EXCLUDED.version, updated_at = now()
@@ -87,18 +110,31 @@ ON CONFLICT (kind, key) DO UPDATE
 """
 
 
-def encoded(row: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not as at first. Infinity, which JSON has not, is one."""
-    return {
-        field.name: value
-        for field in dataclasses.fields(row)
-        if (value := getattr(row, field.name)) != field.default
-    }
+CELL_FIELDS = [each.name for each in dataclasses.fields(Cell)]
+STATE_FIELDS = {
+    kind: [(each.name, each.default) for each in dataclasses.fields(kind)]
+    for kind in KINDS.values()
+}
+
+
+def encoded(row: Row) -> dict[str, Any]:
+    """The fields that are not as at first; Infinity, which JSON has not, is one.
+
+    With the factor of ratios, and what is usual where that is far less than was estimated, for the
+    statement that reads the account (swapper/context.py).
+    """
+    fields = STATE_FIELDS[type(row)]
+    state = {name: value for name, first in fields if (value := getattr(row, name)) != first}
+    if isinstance(row, Ratios):
+        state["factor"] = row.factor
+        if row.overestimates:
+            state["usual"] = row.usual
+    return state
 
 
 @dataclass
 class Copy:
-    """All rows up to ``version``."""
+    """All rows of ours up to ``version``, and those of accounts that were asked for."""
 
     learned: Learned = field(default_factory=Learned)
     ratios: dict[str, Ratios] = field(default_factory=dict)
@@ -109,13 +145,25 @@ class Copy:
         with connection.cursor() as cursor:
             cursor.execute(CHANGED, {"version": self.version})
             rows = cursor.fetchall()
+        self._put(rows)
+        self.version = max([self.version, *(row[-1] for row in rows)])
+        return bool(rows)
+
+    def read_owned(self, accounts: Iterable[int | None], ratios: Iterable[str] = ()) -> None:
+        """Load what is known of the own models of ``accounts``, and the rows of ``ratios``."""
+        owners, keys = list(accounts), list(ratios)
+        if owners or keys:
+            with connection.cursor() as cursor:
+                cursor.execute(OWNED, {"accounts": owners, "ratios": keys})
+                self._put(cursor.fetchall())
+
+    def _put(self, rows: Iterable[tuple[str, str, str, int]]) -> None:
+        self.learned.touched()
         for kind, key, state, version in rows:
             if kind == "cell":
                 self._put_cell(key, msgspec.json.decode(state), new=not version)
-            else:
+            elif kind != "seen":
                 self.rows(kind)[key] = msgspec.json.decode(state, type=KINDS[kind])
-            self.version = max(self.version, version)
-        return bool(rows)
 
     def rows(self, kind: str) -> dict[str, Any]:
         """The rows of a kind of KINDS, by key."""
@@ -179,8 +227,9 @@ def save(
             task, model = key
             good, total = successes.get((task, model), (0, 0))
             rate = good / total if total else 0
-            cell = dataclasses.asdict(copy.learned.cells[task, model])
-            cells.append({"task": task, "model": model, "success_rate": rate, **cell})
+            cell = copy.learned.cells[task, model]
+            figures = {name: getattr(cell, name) for name in CELL_FIELDS}
+            cells.append({"task": task, "model": model, "success_rate": rate, **figures})
         else:
             row = copy.rows(kind)[key[0]]
             states.append({"kind": kind, "key": key[0], "state": encoded(row)})
@@ -268,49 +317,38 @@ class Serving:
         with self._lock:
             return self._copy.learned.knowledge(table, task, now)
 
-    def knowledge_of_own(
-        self, table: Table, task: str, tasks: Iterable[str], now: float
-    ) -> Knowledge:
-        """Of an account's own models, whose ``table`` was made for this request."""
-        with self._lock:
-            part = self._copy.learned.part(table, tasks)
-        return part.knowledge(table, task, now)
-
     def is_half_open(self, model: str, provider: str, now: float) -> bool:
-        """Whether a request to ``model`` would be a probe, of its breaker or its provider's."""
-        learned = self._copy.learned
-        return any(
-            breaker is not None and breaker.standing(now) == "half_open"
-            for breaker in (learned.models.get(model), learned.providers.get(provider))
-        )
+        """``Learned.is_half_open`` of our own models."""
+        return self._copy.learned.is_half_open(model, provider, now)
 
-    def factors(self, account_id: int, task: str) -> tuple[float, float]:
-        """By how much the account's estimates of (prompt, completion) tokens grow for a hold."""
-        ratios = self._copy.ratios
-        prompt, completion = (
-            row.factor if (row := ratios.get(ratio_key(account_id, task, side))) else 1.0
-            for side in ("prompt", "completion")
-        )
-        return prompt, completion
-
-    def usual(self, account_id: int, task: str) -> tuple[float | None, float | None]:
-        """What share of its estimates of (prompt, completion) tokens the account mostly uses; None:
-        nearly all of them, or more."""
-        ratios = self._copy.ratios
-        prompt, completion = (
-            row.usual
-            if (row := ratios.get(ratio_key(account_id, task, side))) and row.overestimates
-            else None
-            for side in ("prompt", "completion")
-        )
-        return prompt, completion
-
-
-def ratio_key(account_id: int, task: str, side: str) -> str:
-    return f"{account_id}/{task}/{side}"
+    def of_own(self, account_id: int, table: Table) -> Learned:
+        """What is known of an account's own models, those of ``table``; read from the database."""
+        with self._lock:
+            copy = Copy(learned=self._copy.learned.elsewhere(table))
+        copy.read_owned([account_id])
+        return copy.learned
 
 
 serving = Serving()
+
+PRUNE = (
+    "DELETE FROM swapper_breakerevent WHERE at < now() - make_interval(days => %(days)s)",
+    "DELETE FROM swapper_learnedstate"
+    " WHERE kind = 'ratios' AND updated_at < now() - make_interval(days => %(days)s)",
+    # What is of no model or provider any more is of use to nobody.
+    "DELETE FROM swapper_learnedstate s WHERE kind = 'provider'"
+    " AND NOT EXISTS (SELECT FROM providers p WHERE p.id = s.key::uuid)",
+    "DELETE FROM swapper_learnedstate s WHERE kind IN ('drift', 'times', 'model')"
+    " AND NOT EXISTS (SELECT FROM models m WHERE m.id = s.key::uuid)",
+)
+
+
+def prune() -> None:
+    """Drop the breakers' past, and what was learned of calls that are made no more, after
+    LEARNED_DAYS; and what is of no model any more."""
+    with connection.cursor() as cursor:
+        for statement in PRUNE:
+            cursor.execute(statement, {"days": settings.LEARNED_DAYS})
 
 
 def claim_probe(model: str, provider: str, now: float) -> bool:
@@ -322,7 +360,7 @@ def claim_probe(model: str, provider: str, now: float) -> bool:
         breakers = read_breakers([("model", model), ("provider", provider)])
         standing = {key: breaker.standing(now) for key, breaker in breakers.items()}
         half_open = {key: breakers[key] for key, how in standing.items() if how == "half_open"}
-        taken = any(breaker.probe_at is not None for breaker in half_open.values())
+        taken = not all(breaker.takes_probe(now) for breaker in half_open.values())
         if taken or "open" in standing.values():
             return False
         save_breakers({key: breaker.probing(now) for key, breaker in half_open.items()})

@@ -277,7 +277,10 @@ class TaskPerformance(models.Model):
 
     class Meta:
         db_table = "task_performance"
-        indexes = [models.Index(fields=("version",), name="task_performance_version")]
+        indexes = [
+            models.Index(fields=("version",), name="task_performance_version"),
+            models.Index(fields=("model",), name="task_performance_model"),
+        ]
         constraints = [
             models.UniqueConstraint(
                 fields=("task_type", "model"), name="task_performance_task_type_id_model_id_key"
@@ -344,13 +347,29 @@ class LearnedState(models.Model):
 
     kind = models.TextField(choices=Kind)
     key = models.TextField(help_text="Id of the model or provider; account/task/side for ratios.")
+    account_id = models.BigIntegerField(
+        null=True, help_text="Whose model, provider or calls; empty: ours."
+    )
     state = models.JSONField(help_text="The fields that are not as at first.")
     version = models.BigIntegerField(help_text="Grows with each change.")
     updated_at = models.DateTimeField(db_default=Now())
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=("kind", "key"), name="learned_kind_key")]
-        indexes = [models.Index(fields=("version",), name="learned_version")]
+        indexes = [
+            # Every process looks twice a second what is new of ours.
+            models.Index(
+                fields=("version",), condition=Q(account_id__isnull=True), name="learned_version"
+            ),
+            models.Index(
+                fields=("account_id",),
+                condition=Q(account_id__isnull=False),
+                name="learned_of_account",
+            ),
+            models.Index(
+                fields=("updated_at",), condition=Q(kind="ratios"), name="learned_ratios_updated"
+            ),
+        ]
 
     def __str__(self) -> str:
         return f"{self.get_kind_display()} {self.key}"

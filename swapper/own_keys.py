@@ -20,6 +20,8 @@ from mswap_site.errors import Conflict, MswapError, Unavailable
 from swapper.asking import Asking
 from swapper.catalogue import MODEL_COLUMNS, card_of, fetch
 from swapper.decision import Stored
+from swapper.learned import serving
+from swapper.learning.state import Learned
 from swapper.models import UNUSABLE_KEY, KeyState, Provider
 from swapper.refusals import (
     all_down,
@@ -60,6 +62,7 @@ class OwnKeys:
     providers: dict[str, Provider]
     budgets: dict[str, BudgetState]
     table: Table
+    learned: Learned
     excluded: Counter[str]
 
     @classmethod
@@ -83,7 +86,9 @@ class OwnKeys:
                 cards.append(card)
             else:
                 excluded["model_not_allowed"] += 1
-        return cls(providers, {key: budgets[key] for key in usable}, Table(cards, at), excluded)
+        table = Table(cards, at)
+        learned = serving.of_own(account_id, table)
+        return cls(providers, {key: budgets[key] for key in usable}, table, learned, excluded)
 
     @property
     def utilisation(self) -> float:
@@ -172,7 +177,7 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
         words = f"Own keys at an address of one's own {FROM}"
         raise CannotServe(tier_required(row.effective_tier, "full_provider_config", words))
     query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation, pace=None)
-    ranking = asking.rank(own.table, query, own=True)
+    ranking = asking.rank(own.table, query, own.learned)
     ranking.excluded.update(own.excluded)
     if not len(ranking):
         extra: dict[str, Any] = {"task_type": query.task_type, "excluded": ranking.excluded}
@@ -198,7 +203,7 @@ def hold_on_budgets(asking: Asking, own: OwnKeys, ranking: Ranking) -> dict[str,
         rooms = {key: room for key, b in budgets.items() if (room := room_usd(b)) is not None}
         fitting = ranking.choose(settings.EMERGENCY_THRESHOLD_USD, rooms_usd=rooms)
         choice = with_room(fitting, rooms) if fitting else cheapest_alone(ranking)
-        if not asking.may_ask(ranking, choice):
+        if not asking.may_ask(ranking, choice, own.learned):
             continue
         claimed = list(dict.fromkeys(c.card.provider_id for c in choice.chain))
         stored = on_own_keys(

@@ -18,7 +18,6 @@ from mswap_site.errors import Conflict, Forbidden, MswapError, Unavailable
 from swapper import rates, selection
 from swapper.catalogue import Snapshot
 from swapper.context import Caller
-from swapper.learned import serving
 from swapper.learning.breakers import COOL_DOWN_SECONDS
 from swapper.selection import Candidate, Choice, Ranking
 
@@ -31,12 +30,7 @@ def in_words(candidate: Candidate | None) -> dict[str, Any] | None:
 
 def suggestion(ranking: Ranking) -> Candidate | None:
     """The cheapest model that would fit, of those that are not known to have failed to answer."""
-    at = ranking.query.at.timestamp()
-    cards = ranking.table.cards
-    unproven = np.array(
-        [serving.is_half_open(card.id, card.provider_id, at) for card in cards], dtype=np.bool_
-    )
-    return ranking.cheapest(but=unproven)
+    return ranking.cheapest(but=ranking.knowledge.unproven)
 
 
 def tier_required(tier: str, flag: str, words: str, **extra: Any) -> Forbidden:

@@ -105,7 +105,8 @@ def rank(
     known = knowledge or Knowledge.untried(table)
     for rule, mask in known.barred.items():
         keep(rule, ~mask)
-    if query.priority != "low":
+    # Where nothing else is left, any request is better asked than refused for want of a low one.
+    if query.priority != "low" and (allowed & ~known.probes).any():
         keep("awaits_probe", ~known.probes)
 
     weights = WEIGHTS[query.priority].leaning(query.preference).under_pressure(query.pressure)
@@ -153,6 +154,8 @@ def rank(
         if len(exact) < len(order):
             excluded["max_cost"] = excluded.get("max_cost", 0) + len(order) - len(exact)
             ranking.order = np.array(exact, dtype=np.intp)
+            if reprobed not in exact:
+                ranking.reprobed = None
     ranking.ruled_out = ruled_out
     return ranking
 

@@ -1,6 +1,6 @@
 from celery import shared_task
 
-from swapper import explanation, rates, usage
+from swapper import explanation, learned, rates, usage
 
 
 @shared_task
@@ -11,6 +11,7 @@ def expire_holds() -> int:
 
 @shared_task
 def prune() -> None:
-    """Drop explanations that were kept long enough, and the minutes of rates that are over."""
+    """Drop what was kept long enough: explanations, minutes of rates, breakers' past."""
     explanation.prune()
     rates.prune()
+    learned.prune()

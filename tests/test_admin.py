@@ -99,7 +99,8 @@ def one_of_each(alice: Account, shelf: Shelf, automodel: Caller) -> None:
     Alert.objects.create(
         account=alice, limit="usd_per_day", level=1, window_start=timezone.now(), problem="late"
     )
-    learned.force("model", str(Model.objects.values_list("pk", flat=True)[0]), "open", reason="test", by="staff")
+    [model_id] = Model.objects.values_list("pk", flat=True)[:1]
+    learned.force("model", str(model_id), "open", reason="test", by="staff")
     user = alice.user
     assert user is not None
     user.password = SECRETS["password"]

@@ -222,6 +222,29 @@ def test_a_reprobe_is_of_low_priority_bounded_and_says_so():
     assert all(ranking.reprobed is None for ranking in off)
 
 
+def test_a_reprobe_that_is_excluded_after_all_is_none():
+    known = dataclasses.replace(
+        beliefs((0.9, 200), (0.3, 20), (0.5, 200)),
+        fallen=np.array([0, 1.0, 0]),
+        before=np.array([0, 0.95, 0]),
+    )
+    for gone, reprobed in ((0, 1), (1, None)):
+        ranking = rank(TABLE, query("low"), known, np.random.default_rng(3), reprobe_share=1)
+        assert ranking.reprobed == 1
+        ranking.exclude("rate_limited", TABLE.only(TABLE.cards[gone].id))
+        assert ranking.reprobed == reprobed
+
+
+def test_any_priority_may_probe_where_nothing_else_is_left():
+    known = dataclasses.replace(
+        beliefs((0.9, 50), (0.8, 50), (0.7, 50)),
+        barred={"model_down": TABLE.only("c")},
+        probes=TABLE.only("a") | TABLE.only("b"),
+    )
+    ranking = rank(TABLE, query("critical"), known)
+    assert ranking.order.tolist() == [0, 1] and ranking.excluded == {"model_down": 1}
+
+
 def test_a_barred_model_is_excluded_by_its_rule_and_a_probe_is_of_low_priority():
     known = dataclasses.replace(
         beliefs((0.9, 50), (0.5, 50), (0.4, 50)),

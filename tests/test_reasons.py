@@ -10,7 +10,7 @@ import pytest
 
 from billing.models import Account, AccountSettings
 from swapper.decision import read_stored
-from swapper.learned import Copy, changing, ratio_key, save, save_breakers
+from swapper.learned import Copy, changing, save, save_breakers
 from swapper.learning.breakers import Breaker
 from swapper.learning.cells import Cell
 from swapper.learning.drift import Drift
@@ -54,7 +54,7 @@ def estimate(account: Account, side: str, actual: int, estimated: int) -> None:
     ratios = Ratios()
     for _ in range(60):
         ratios = ratios.seen(actual, estimated)
-    know(("ratios", ratio_key(account.pk, "chat", side), ratios))
+    know(("ratios", f"{account.pk}/chat/{side}", ratios))
 
 
 def dry(automodel: Caller, **asked: Any) -> dict[str, Any]:

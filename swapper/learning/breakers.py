@@ -24,6 +24,9 @@ SUCCESSES_TO_CLOSE = 2
 # is one, since else an installation without low priority would never find out.
 PATIENCE_SECONDS = 60.0
 
+# A probe of which nothing was heard for so long makes room for another.
+PROBE_SECONDS = 120.0
+
 # Silence: later than this many deviations (of the logarithm) beyond the model's usual time.
 OVERDUE_DEVIATIONS = 3.0
 MIN_DEVIATION = 0.35
@@ -68,9 +71,16 @@ class Breaker:
             return "closed"
         return "open" if now < self.until else "half_open"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says of no moment anything but that all is well."""
+        said = self.tripped or self.forced or any(self.recent)
+        return not said and self.limited_until == -math.inf
+
     def takes_probe(self, now: float) -> bool:
         """Whether a request of low priority may be sent to find out."""
-        return self.standing(now) == "half_open" and self.probe_at is None
+        asked = self.probe_at is not None and now - self.probe_at < PROBE_SECONDS
+        return self.standing(now) == "half_open" and not asked
 
     def waits_long(self, now: float) -> bool:
         """Whether no probe came for so long that any request may be one."""
@@ -96,7 +106,8 @@ class Breaker:
         if not self._counts(started_at):
             return self
         if not self.tripped:
-            return replace(self, recent=(*self.recent, "")[-WINDOW:])
+            recent = (*self.recent, "")[-WINDOW:]
+            return self if recent == self.recent else replace(self, recent=recent)
         if self.successes + 1 < SUCCESSES_TO_CLOSE:
             return replace(self, probe_at=None, successes=self.successes + 1)
         return replace(

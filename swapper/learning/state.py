@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -26,7 +25,6 @@ LOST_SECONDS = 900.0
 # What other installations found counts for at most this many observations.
 GLOBAL_WEIGHT = 24.0
 
-Row = TypeVar("Row")
 TaskModel = tuple[str, str]
 # What changed: ("cell", task, model), ("drift", model), ("times", model), ("model" or "provider",
 # id) for a breaker.
@@ -39,6 +37,15 @@ class Global:
 
     quality: float
     weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Troubles:
+    """The few rows that say anything but that all is well."""
+
+    models: dict[str, Breaker]
+    providers: dict[str, Breaker]
+    drifts: dict[str, Drift]
 
 
 @dataclass
@@ -56,29 +63,33 @@ class Learned:
     waiting: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     at_provider: dict[str, str] = field(default_factory=dict)
     _beliefs: Beliefs | None = None
+    _troubles: Troubles | None = None
 
     def apply(self, event: Selected | Outcome) -> set[Changed]:
         """Change the rows by ``event``; return the keys of those that changed."""
+        self.touched()
         return self._selected(event) if isinstance(event, Selected) else self._outcome(event)
 
     def tick(self, now: float) -> set[Changed]:
         """Look for silence; to be called about twice a second. Returns the changed keys."""
+        self.touched()
         changed: set[Changed] = set()
         for model, starts in self.waiting.items():
             if starts:
                 changed |= self._listen(model, starts, now)
         return changed
 
-    def part(self, table: Table, tasks: Iterable[str]) -> Learned:
-        """What is known of ``table``'s models: of some account's own, say, which are few."""
-        models, providers = table.index, {card.provider_id for card in table.cards}
-        keys = [(task, model) for task in tasks for model in models]
+    def elsewhere(self, table: Table) -> Learned:
+        """Only what others found of ``table``'s models: what to start from for an account's own."""
         return Learned(
-            cells={key: self.cells[key] for key in keys if key in self.cells},
-            drifts=_only(self.drifts, models),
-            models=_only(self.models, models),
-            providers=_only(self.providers, providers),
-            globals={key: self.globals[key] for key in keys if key in self.globals},
+            globals={k: found for k, found in self.globals.items() if k[1] in table.index}
+        )
+
+    def is_half_open(self, model: str, provider: str, now: float) -> bool:
+        """Whether a request to ``model`` would be a probe, of its breaker or its provider's."""
+        return any(
+            breaker is not None and breaker.standing(now) == "half_open"
+            for breaker in (self.models.get(model), self.providers.get(provider))
         )
 
     def _selected(self, event: Selected) -> set[Changed]:
@@ -120,8 +131,10 @@ class Learned:
         self.waiting[model] = [s for s in self.waiting[model] if s > event.started_at]
         changed: set[Changed] = set()
         for name, breakers, key in self._breakers(model, event.provider):
-            breakers[key] = breakers[key].answered(event.started_at, event.at)
-            changed.add((name, key))
+            after = breakers[key].answered(event.started_at, event.at)
+            if after is not breakers[key]:
+                breakers[key] = after
+                changed.add((name, key))
         times = self.times.get(model, Times())
         if event.success:
             times = times.seen(event.at - event.started_at)
@@ -150,6 +163,19 @@ class Learned:
         )
         self.put(key, cell)
         return changed
+
+    def touched(self) -> None:
+        """To be called when breakers or drifts were set."""
+        self._troubles = None
+
+    def troubles(self) -> Troubles:
+        if self._troubles is None:
+            self._troubles = Troubles(
+                {key: breaker for key, breaker in self.models.items() if not breaker.is_plain},
+                {key: breaker for key, breaker in self.providers.items() if not breaker.is_plain},
+                {key: watch for key, watch in self.drifts.items() if watch.fell_to is not None},
+            )
+        return self._troubles
 
     def put(self, key: TaskModel, cell: Cell) -> None:
         """Set a cell."""
@@ -193,14 +219,15 @@ class Learned:
             for key, cell in self.cells.items():
                 beliefs.put(key, cell)
         fallen = np.zeros(len(table.cards))
-        for model, watch in self.drifts.items():
-            if watch.fell_to is not None and model in table.index:
+        troubles = self.troubles()
+        for model, watch in troubles.drifts.items():
+            if model in table.index:
                 fallen[table.index[model]] = watch.eagerness
         answers = np.ones(len(table.cards))
-        for model, breaker in self.models.items():
-            if breaker.recent and model in table.index:
+        for model, breaker in troubles.models.items():
+            if model in table.index:
                 answers[table.index[model]] = 1 - breaker.doubt(now)
-        barred, probes = self._standing(table, now)
+        barred, probes, unproven = self._standing(table, now)
         quality, weight = beliefs.of(task)
         row = beliefs.row[task]
         return Knowledge(
@@ -213,28 +240,34 @@ class Learned:
             before=beliefs.before[row],
             barred=barred,
             probes=probes,
+            unproven=unproven,
         )
 
-    def _standing(self, table: Table, now: float) -> tuple[dict[str, Mask], Mask]:
-        """The models that breakers keep out, by rule, and those that take a probe."""
+    def _standing(self, table: Table, now: float) -> tuple[dict[str, Mask], Mask, Mask]:
+        """The models that breakers keep out, by rule, those that take a probe, and all whose
+        breaker is half-open."""
         nobody = np.zeros(len(table.cards), dtype=np.bool_)
         barred: dict[str, Mask] = {}
-        probes = nobody
-        for rule, breakers in (("model_down", self.models), ("provider_down", self.providers)):
+        probes = unproven = nobody
+        troubles = self.troubles()
+        for rule, breakers in (
+            ("model_down", troubles.models),
+            ("provider_down", troubles.providers),
+        ):
             for key, breaker in breakers.items():
                 standing = breaker.standing(now)
-                if standing == "closed" or breaker.waits_long(now):
+                if standing == "closed":
                     continue
                 which = table.of_providers([key]) if rule == "provider_down" else table.only(key)
+                if standing == "half_open":
+                    unproven = unproven | which
+                if breaker.waits_long(now):
+                    continue
                 if breaker.takes_probe(now):
                     probes = probes | which
                 else:
                     barred[rule] = barred.get(rule, nobody) | which
-        return barred, probes
-
-
-def _only(rows: Mapping[str, Row], keys: Iterable[str]) -> dict[str, Row]:
-    return {key: rows[key] for key in keys if key in rows}
+        return barred, probes, unproven
 
 
 class Beliefs:

@@ -145,6 +145,8 @@ class Ranking:
             self.excluded[rule] = self.excluded.get(rule, 0) + len(gone)
             broken = self.ruled_out.setdefault(rule, np.zeros(len(models), dtype=np.bool_))
             broken[gone] = True
+        if self.reprobed is not None and models[self.reprobed]:
+            self.reprobed = None
 
     def names_excluded(self, count: int) -> dict[str, tuple[str, ...]]:
         """By rule, the names of the ``count`` that would have ranked highest."""

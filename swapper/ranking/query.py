@@ -72,6 +72,8 @@ class Knowledge:
     before: Floats
     barred: Mapping[str, Mask]
     probes: Mask
+    # Who failed to answer lately and is not known to answer again; None: nobody.
+    unproven: Mask | None = None
 
     @classmethod
     def untried(cls, table: Table) -> Knowledge:
