@@ -9,7 +9,7 @@ from typing import Any
 from django import forms
 from django.contrib import admin
 from django.contrib.admin import ModelAdmin
-from django.contrib.admin.widgets import AdminRadioSelect, AutocompleteSelect
+from django.contrib.admin.widgets import AdminRadioSelect
 from django.db.models import FloatField, OuterRef, Q, QuerySet, Subquery, UUIDField
 from django.db.models.fields.json import KT
 from django.db.models.functions import Cast, Coalesce
@@ -21,7 +21,7 @@ from billing.admin import ReadOnly
 from mswap_site.pages import password_again
 from mswap_site.sign_in import confirmation_address
 from swapper.learned import decoded_breaker, force
-from swapper.models import Breaker, BreakerEvent, LearnedState, Model, Price, Provider
+from swapper.models import Breaker, BreakerEvent, LearnedState, Model, Provider
 
 BREAKERS = (LearnedState.Kind.MODEL, LearnedState.Kind.PROVIDER)
 CHOICES = [("open", "Keep it open: not used"), ("closed", "Keep it closed: used")]
@@ -62,27 +62,21 @@ class ForceForm(forms.ModelForm):
             self.fields["force"].initial = decoded_breaker(self.instance.state).forced or ""
 
 
-class Found(AutocompleteSelect):
-    """Has a word in it while nothing is chosen: else it has no name for a screen reader."""
-
-    def build_attrs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**super().build_attrs(*args, **kwargs), "data-placeholder": "none"}
+class OfProvider(forms.ModelChoiceField):
+    def label_from_instance(self, obj: Any) -> str:
+        return f"{obj.name} ({obj.provider.name})"
 
 
 class ForceAnyForm(ForceForm):
-    """For a model or provider that nothing was reported of, so that it has no breaker yet."""
+    """For one of ours that nothing was reported of, so that it has no breaker yet."""
 
     force = forms.ChoiceField(choices=CHOICES, widget=CHOICE, initial="open")
-    # The fields name whom to look for: any that lead to models and providers.
-    model = forms.ModelChoiceField(
-        Model.objects.all(),
+    model = OfProvider(
+        Model.objects.filter(provider__account=None).select_related("provider").order_by("name"),
         required=False,
-        widget=Found(Price._meta.get_field("model"), admin.site),
     )
     provider = forms.ModelChoiceField(
-        Provider.objects.all(),
-        required=False,
-        widget=Found(Model._meta.get_field("provider"), admin.site),
+        Provider.objects.filter(account=None).order_by("name"), required=False
     )
 
     def clean(self) -> dict[str, Any]:
