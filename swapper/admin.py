@@ -18,9 +18,10 @@ from django.urls import path
 
 from billing.admin import ReadOnly, usd
 from billing.models import Hold
-from swapper import breaker_admin, history  # noqa: F401 (registers its pages)
+from swapper import breaker_admin  # noqa: F401 (registers its pages)
 from swapper.catalogue import record_changed_prices
 from swapper.models import Model, Price, TaskType, UsageLog
+from swapper.story import request_story
 
 
 class OneLine(ModelAdmin):
@@ -163,6 +164,6 @@ class HoldAdmin(ReadOnly):
         if not self.has_view_permission(request):
             raise PermissionDenied
         hold = get_object_or_404(Hold, pk=request_id)
-        story = history.request_story(hold.account_id, request_id)
+        story = request_story(hold.account_id, request_id)
         context = {"story": story, "hold": story.hold}
         return TemplateResponse(request, "admin/billing/hold/why.html", context)

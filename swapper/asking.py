@@ -54,6 +54,7 @@ class Asking:
             prompt_tokens=math.ceil(prompt_tokens * calibration[0]),
             completion_tokens=math.ceil(completion_tokens * calibration[1]),
             calibration=calibration,
+            usual=self.usual,
             at=row.read_at,
             priority=request.priority,
             preferred_providers=request.preferred_providers or (),
@@ -64,7 +65,7 @@ class Asking:
                 "max_price_per_1k": row.max_price_per_1k_usd,
                 "money_utilisation": self.limits.money_utilisation,
                 "preference": row.preference,
-                "pace": self.limits.day_pace(row.read_at) if row.pacing else 0.0,
+                "pace": self.limits.day_pace(row.read_at) if row.pacing else None,
                 **how,
             },
         )
@@ -76,6 +77,14 @@ class Asking:
             return 1.0, 1.0
         prompt, completion = self.caller.row.calibration
         return float(prompt or 1), float(completion or 1)
+
+    @property
+    def usual(self) -> tuple[float | None, float | None]:
+        """What share of estimated (prompt, completion) tokens is used, where it is far from all."""
+        if self.at is not None:
+            return None, None
+        prompt, completion = (share and float(share) for share in self.caller.row.usual)
+        return prompt, completion
 
     def rank(
         self, table: Table, query: selection.Query, learned: Learned | Serving = serving
@@ -95,11 +104,10 @@ class Asking:
         """Whether the chosen model may be asked: one with a breaker half-open by one request only,
         which this one then is. Where it may not, it is taken out of ``ranking``."""
         card, at = choice.chosen.card, ranking.query.at.timestamp()
-        if self.at is not None or self.request.dry_run:
+        if self.at is not None or not learned.is_half_open(card.id, card.provider_id, at):
             return True
-        if not learned.is_half_open(card.id, card.provider_id, at):
-            return True
-        if claim_probe(card.id, card.provider_id, at):
+        if self.request.dry_run or claim_probe(card.id, card.provider_id, at):
+            ranking.probing = ranking.table.index[card.id]
             return True
         ranking.exclude("awaits_probe", ranking.table.only(card.id))
         return False

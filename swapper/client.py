@@ -126,6 +126,7 @@ class ModelSelectionResponse(msgspec.Struct, kw_only=True):
     cost_warning: str | None = None
     security_warning: str | None = None
     warnings: list[Any] = []
+    calibration: dict[str, Any] = {}
     limits: dict[str, Any] = {}
 
 

@@ -20,9 +20,10 @@ from billing.sql import Statement
 from mswap_site.errors import Forbidden, NotAuthenticated, NotFound
 
 
-def factor(side: str) -> str:
-    """SQL: by how much the account's estimates of the task's tokens grow; NULL: not learned."""
-    return f"""(SELECT (l.state ->> 'factor')::numeric FROM swapper_learnedstate l
+def learned(figure: str, side: str) -> str:
+    """SQL: of the account's estimates of the task's tokens, ``factor``: by how much they grow for a
+    hold, or ``usual``: the share that is used where they are too high; NULL: not learned."""
+    return f"""(SELECT (l.state ->> '{figure}')::numeric FROM swapper_learnedstate l
         WHERE l.kind = 'ratios' AND l.key = a.id || '/' || %(task_type)s::text || '/{side}')"""
 
 
@@ -32,7 +33,8 @@ TIER_AND_COUNTERS = f"""
     COALESCE(t.approval_threshold_usd, t.usd_per_request / 2) AS approval_threshold_usd,
     m.stopped_at, s.at AS read_at,
     COALESCE(o.preference, 'balanced') AS preference, COALESCE(o.pacing, false) AS pacing,
-    ARRAY[{factor("prompt")}, {factor("completion")}] AS calibration,
+    ARRAY[{learned("factor", "prompt")}, {learned("factor", "completion")}] AS calibration,
+    ARRAY[{learned("usual", "prompt")}, {learned("usual", "completion")}] AS usual,
     {counters_array("s")} AS counters
 """
 

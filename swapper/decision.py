@@ -71,6 +71,24 @@ class Weighed(msgspec.Struct, frozen=True):
         }
 
 
+class Weighing(msgspec.Struct, frozen=True):
+    """What the parts of a score were multiplied by, and what shifted that.
+
+    ``quality`` per point, ``cost`` per USD, ``latency`` per second. ``utilisation``: of the fullest
+    money limit. ``pace``: spending over what an even day allows so far; None: the account does not
+    pace itself. ``exploration``: none, drawn, reprobe or probe (swapper/ranking/choice.py).
+    """
+
+    quality: float
+    cost: float
+    latency: float
+    priority: str
+    preference: str
+    utilisation: float
+    pace: float | None
+    exploration: str
+
+
 class Stored(msgspec.Struct, frozen=True):
     """What a hold's context keeps: enough for the same answer again, the report and the page.
 
@@ -100,6 +118,9 @@ class Stored(msgspec.Struct, frozen=True):
     # By how much the caller's estimates of (prompt, completion) tokens grew for the hold, because
     # the account's calls of this task run past them.
     calibration: tuple[float, float] = (1.0, 1.0)
+    # The share of them that such calls mostly take, where it is far less than all.
+    usual: tuple[float | None, float | None] = (None, None)
+    weighing: Weighing | None = None
 
     @classmethod
     def of(
@@ -138,6 +159,8 @@ class Stored(msgspec.Struct, frozen=True):
             security_warning=security_warning,
             rate_minute=rate_minute,
             calibration=query.calibration,
+            usual=query.usual,
+            weighing=weighing(ranking, choice.chosen),
         )
 
     @property
@@ -156,7 +179,7 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 # What is dropped: nothing that a repeated request, a report or a rollup asks for.
-EXPLANATION = ("asked", "candidates", "excluded", "excluded_names", "runner_up")
+EXPLANATION = ("asked", "candidates", "excluded", "excluded_names", "runner_up", "weighing")
 
 _stored_decoder = msgspec.json.Decoder(Stored)
 
@@ -181,6 +204,20 @@ def weighed(candidate: Candidate) -> Weighed:
     )
 
 
+def weighing(ranking: Ranking, chosen: Candidate) -> Weighing:
+    weights, query = ranking.weights, ranking.query
+    return Weighing(
+        quality=round(weights.quality, 4),
+        cost=round(weights.cost, 4),
+        latency=round(weights.latency, 4),
+        priority=query.priority,
+        preference=query.preference,
+        utilisation=round(query.money_utilisation, 4),
+        pace=None if query.pace is None else round(query.pace, 4),
+        exploration=ranking.exploration(chosen),
+    )
+
+
 def link(candidate: Candidate) -> Link:
     card = candidate.card
     return Link(
@@ -200,6 +237,18 @@ def cost_warning(ranking: Ranking, choice: Choice) -> str | None:
     if utilisation >= selection.PRESSURE_FROM:
         return f"{utilisation:.0%} of a spending limit is used or held."
     return None
+
+
+def calibration_json(stored: Stored) -> dict[str, Any]:
+    """How the caller's estimates of tokens compare with what such calls of the account take."""
+    (prompt, completion), (usual_prompt, usual_completion) = stored.calibration, stored.usual
+    return {
+        "prompt_factor": round(prompt, 4),
+        "completion_factor": round(completion, 4),
+        "usual_prompt": usual_prompt,
+        "usual_completion": usual_completion,
+        "message": selection.overestimated(stored.usual),
+    }
 
 
 def answer_of(
@@ -224,6 +273,7 @@ def answer_of(
         "estimated_cost": plain(chosen.estimated_cost),
         "cost_breakdown": stored.cost_breakdown,
         "max_completion_tokens": stored.estimated_tokens[1],
+        "calibration": calibration_json(stored),
         "held": "0" if dry_run else plain(held),
         "hold_expires_at": None if dry_run else expires_at,
         "dry_run": dry_run,

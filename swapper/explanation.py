@@ -6,14 +6,15 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from django.conf import settings
 
 from billing.models import Hold
 from billing.money import plain
 from billing.pruning import prune_contexts
-from swapper import history
-from swapper.decision import EXPLANATION, Stored
+from swapper.decision import EXPLANATION, Stored, calibration_json
 from swapper.models import UsageLog
+from swapper.story import in_words, is_chosen, request_story
 
 
 def explanation_of(stored: Stored) -> dict[str, Any]:
@@ -24,25 +25,26 @@ def explanation_of(stored: Stored) -> dict[str, Any]:
     return {
         "asked": stored.asked,
         "candidates": [
-            {**candidate.as_json(), "chosen": history.is_chosen(stored, candidate)}
+            {**candidate.as_json(), "chosen": is_chosen(stored, candidate)}
             for candidate in stored.candidates
         ],
         "excluded": [
             {
                 "rule": rule,
-                "reason": history.in_words(rule),
+                "reason": in_words(rule),
                 "models": count,
                 "names": stored.excluded_names.get(rule, ()),
             }
             for rule, count in sorted(stored.excluded.items(), key=lambda item: (-item[1], item[0]))
         ],
         "runner_up": stored.runner_up and stored.runner_up.as_json(),
+        "weighing": stored.weighing and msgspec.to_builtins(stored.weighing),
     }
 
 
 def record(account_id: int, user_id: str, request_id: UUID) -> dict[str, Any]:
     """A selection from asking to the end. Raises Hold.DoesNotExist, also for another account's."""
-    story = history.request_story(account_id, request_id)
+    story = request_story(account_id, request_id)
     stored, hold = story.decision, story.hold
     return {
         "request_id": hold.pk,
@@ -61,6 +63,7 @@ def decision_json(stored: Stored) -> dict[str, Any]:
         "task_type": stored.task_type,
         "chain": [link.as_json() for link in stored.chain],
         "cost_breakdown": stored.cost_breakdown,
+        "calibration": calibration_json(stored),
         "using_user_keys": stored.own_key,
         "security_level": stored.security_level,
         "security_warning": stored.security_warning,

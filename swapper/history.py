@@ -5,16 +5,13 @@ Every read goes by an index of one account's rows; the rollup says which hours a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar
 from uuid import UUID
 
-import msgspec
-from django.conf import settings
 from django.db import connection
 from django.db.models import Count, Sum
 from django.db.models.fields.json import KT
@@ -24,11 +21,7 @@ from billing.limits import window_start
 from billing.models import Hold
 from billing.money import ZERO
 from mswap_site.errors import Invalid
-from swapper import pricing
 from swapper.days import Period
-from swapper.decision import Stored, Weighed, read_stored
-from swapper.models import Price, UsageLog
-from swapper.selection import PARTS
 from swapper.totals import Filters
 
 RECENT = 10
@@ -245,184 +238,6 @@ def all_calls(account_id: int, period: Period, filters: Filters) -> Iterator[Cal
     while page := calls(account_id, period, filters, before, EXPORT_PAGE):
         yield from page
         before = (page[-1].admitted_at, page[-1].id)
-
-
-# --- One request -----------------------------------------------------------------------------
-
-RULES = {
-    "capability": "can't do this kind of task",
-    "context_length": "context too short for the tokens",
-    "provider_excluded": "at a provider that the request excluded",
-    "tier_price": "dearer than the tier allows",
-    "max_cost": "dearer than the request's max_cost",
-    "model_not_allowed": "not among the models that the key may use",
-    "rate_limited": "at a provider that has reached its limit per minute",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A part of a score as a piece of a bar. ``start`` and ``width``: per cent of the bar."""
-
-    part: str
-    value: float
-    start: float
-    width: float
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """A candidate with its score drawn against the highest one."""
-
-    name: str
-    provider_type: str
-    estimated_cost: Decimal
-    score: float
-    segments: tuple[Segment, ...]
-    chosen: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Exclusion:
-    """A rule in words, how many models it excluded and some of their names, and its bar in per
-    cent of the longest."""
-
-    rule: str
-    models: int
-    width: float
-    names: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PriceUsed:
-    """A price with the rates that were in force when the request was admitted."""
-
-    price: Price
-    period: pricing.Period | None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestStory:
-    """One request from asking to the end. ``decision`` None: nothing readable was kept with it."""
-
-    hold: Hold
-    decision: Stored | None
-    candidates: tuple[Bar, ...]
-    excluded: tuple[Exclusion, ...]
-    calls: tuple[UsageLog, ...]
-    prices: tuple[PriceUsed, ...]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """What the scores are the sums of, as the decision has it."""
-        return tuple(s.part for bar in self.candidates[:1] for s in bar.segments)
-
-    @property
-    def kept_days(self) -> int:
-        return settings.EXPLANATION_DAYS
-
-    @property
-    def chosen_is_listed(self) -> bool:
-        return any(bar.chosen for bar in self.candidates)
-
-    @property
-    def fell_back(self) -> bool:
-        """Whether another model answered than the one that was chosen."""
-        chosen = self.decision.chain[0].id if self.decision else None
-        return any(call.success and str(call.model_id) != chosen for call in self.calls)
-
-
-def request_story(account_id: int, request_id: UUID) -> RequestStory:
-    """Raises Hold.DoesNotExist, also for another account's."""
-    hold = Hold.objects.get(pk=request_id, account_id=account_id)
-    decision = decision_of(hold.context)
-    place = {link.id: n for n, link in enumerate(decision.chain)} if decision else {}
-    logs = UsageLog.objects.filter(request_id=hold.pk).select_related(
-        "model", "provider", "price__model"
-    )
-    # They are written in one statement, so their times don't tell their order; the chain does.
-    calls = sorted(logs, key=lambda log: (log.success, place.get(str(log.model_id), len(place))))
-    prices = {call.price_id: call.price for call in calls if call.price is not None}
-    if not prices and decision is not None:
-        chosen = decision.chain[0].price_id
-        prices = {p.pk: p for p in Price.objects.filter(pk=chosen).select_related("model")}
-    return RequestStory(
-        hold,
-        decision,
-        bars(decision) if decision else (),
-        excluded(decision) if decision else (),
-        tuple(calls),
-        tuple(PriceUsed(price, rates_at(price, hold.admitted_at)) for price in prices.values()),
-    )
-
-
-def decision_of(context: Mapping[str, Any]) -> Stored | None:
-    """The decision that a hold keeps; None where there is none that today's code can read."""
-    try:
-        stored = read_stored(json.dumps(context))
-    except msgspec.MsgspecError:
-        return None
-    return stored if stored.chain else None
-
-
-def excluded(decision: Stored) -> tuple[Exclusion, ...]:
-    """The rules that excluded models, the one that hit most first."""
-    counts, names = decision.excluded, decision.excluded_names
-    worst_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    most = max(counts.values(), default=0) or 1
-    return tuple(
-        Exclusion(in_words(rule), count, round(count * 100 / most, 2), names.get(rule, ()))
-        for rule, count in worst_first
-    )
-
-
-def in_words(rule: str) -> str:
-    return RULES.get(rule, rule.replace("_", " "))
-
-
-def bars(decision: Stored) -> tuple[Bar, ...]:
-    """The candidates' scores as bars of their parts, all to one scale."""
-    highest = max((_length(c.parts) for c in decision.candidates), default=0) or 1
-    return tuple(
-        Bar(
-            c.name,
-            c.provider_type,
-            c.estimated_cost,
-            c.score,
-            tuple(_segments(c.parts, highest)),
-            is_chosen(decision, c),
-        )
-        for c in decision.candidates
-    )
-
-
-def is_chosen(decision: Stored, candidate: Weighed) -> bool:
-    chosen = decision.chain[0]
-    if candidate.id is None:  # decisions of older versions
-        return (candidate.name, candidate.provider_type) == (chosen.name, chosen.provider_type)
-    return candidate.id == chosen.id
-
-
-def _length(parts: Mapping[str, float]) -> float:
-    return sum(max(0.0, value) for value in parts.values())
-
-
-def _segments(parts: Mapping[str, float], highest: float) -> Iterator[Segment]:
-    start = 0.0
-    # As they are known today come first; what an older version called otherwise is not lost.
-    for part in sorted(parts, key=lambda part: (*PARTS, part).index(part)):
-        value = parts[part]
-        # A part below zero (an unwanted provider) has no length; the table has its number.
-        width = max(0.0, value) * 100 / highest
-        yield Segment(part, value, round(start, 2), round(width, 2))
-        start += width
-
-
-def rates_at(price: Price, at: datetime) -> pricing.Period | None:
-    try:
-        return pricing.PriceSchedule.from_json(price.schedule).period(at)
-    except ValueError:
-        return None
 
 
 def names_used(account_id: int, period: Period) -> dict[str, Sequence[tuple[str, str]]]:

@@ -125,11 +125,16 @@ STATE_FIELDS = {
 def encoded(row: Row) -> dict[str, Any]:
     """The fields that are not as at first; Infinity, which JSON has not, is one.
 
-    With the factor of ratios, for the statement that reads the account (swapper/context.py).
+    With the factor of ratios, and what is usual where that is far less than was estimated, for the
+    statement that reads the account (swapper/context.py).
     """
     fields = STATE_FIELDS[type(row)]
     state = {name: value for name, first in fields if (value := getattr(row, name)) != first}
-    return {**state, "factor": row.factor} if isinstance(row, Ratios) else state
+    if isinstance(row, Ratios):
+        state["factor"] = row.factor
+        if row.overestimates:
+            state["usual"] = row.usual
+    return state
 
 
 @dataclass

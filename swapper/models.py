@@ -437,6 +437,10 @@ class Breaker(LearnedState):
     class Meta:
         proxy = True
 
+    def __str__(self) -> str:
+        # The admin's rows come with their names.
+        return f"{self.get_kind_display()} of {getattr(self, 'name', self.key)}"
+
 
 class BreakerEvent(models.Model):
     """A breaker opened or closed, by itself or (``by``) because staff said so."""

@@ -154,6 +154,21 @@ class CostBreakdown(Answer):
     total_cost: Usd
 
 
+class Calibration(Answer):
+    """How the estimates of tokens compare with what such calls of the account really take."""
+
+    prompt_factor: Annotated[
+        float, Meta(ge=1, description="The hold covers so many times the estimated prompt tokens.")
+    ]
+    completion_factor: Annotated[float, Meta(ge=1, description="The same of the completion.")]
+    usual_prompt: Annotated[
+        float | None,
+        Meta(description="The share that is mostly used; null: nearly all or more."),
+    ]
+    usual_completion: Annotated[float | None, Meta(description="The same of the completion.")]
+    message: Annotated[str | None, Meta(description="For people, where estimates are too high.")]
+
+
 class LimitWarning(Answer):
     """Given once per limit and window at 50, 80 and 100 %."""
 
@@ -197,6 +212,28 @@ class Exclusion(Answer):
     ]
 
 
+class Weighing(Answer):
+    """What the parts of a score were multiplied by, and what shifted that."""
+
+    quality: float
+    cost: Annotated[float, Meta(description="Quality given up to save one USD.")]
+    latency: Annotated[float, Meta(description="Quality given up to save one second.")]
+    priority: Literal["low", "medium", "high", "critical"]
+    preference: Literal["cheaper", "balanced", "better", "faster"]
+    utilisation: Annotated[float, Meta(description="Of the fullest money limit; 1 is all of it.")]
+    pace: Annotated[
+        float | None,
+        Meta(description="Spending over what an even day allows so far; null: no pacing."),
+    ]
+    exploration: Annotated[
+        Literal["none", "drawn", "reprobe", "probe"],
+        Meta(
+            description="Whether the choice is to learn: its quality was drawn; it got worse and"
+            " may be back; it did not answer and may again."
+        ),
+    ]
+
+
 class Explanation(Answer):
     """Why this model: the best candidates, and who was excluded."""
 
@@ -210,12 +247,14 @@ class Explanation(Answer):
             " `downgraded`, the better one, which did not fit."
         ),
     ]
+    weighing: Annotated[Weighing | None, Meta(description="Null in decisions of older versions.")]
 
 
 class Decision(Answer):
     task_type: str
     chain: Annotated[tuple[PricedModel, ...], Meta(description="The chosen model, its fallbacks.")]
     cost_breakdown: CostBreakdown
+    calibration: Calibration
     using_user_keys: bool
     security_level: Literal["system", "user", "restricted"]
     security_warning: str | None
@@ -285,6 +324,7 @@ class Selection(Answer):
     max_completion_tokens: Annotated[
         int, Meta(ge=0, description="Binding: pass it to the provider.")
     ]
+    calibration: Calibration
     held: Usd
     hold_expires_at: Moment | None
     dry_run: bool

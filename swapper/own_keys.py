@@ -23,7 +23,13 @@ from swapper.decision import Stored
 from swapper.learned import serving
 from swapper.learning.state import Learned
 from swapper.models import UNUSABLE_KEY, KeyState, Provider
-from swapper.refusals import budget_refusal, cheapest_alone, max_cost_refusal, tier_required
+from swapper.refusals import (
+    all_down,
+    budget_refusal,
+    cheapest_alone,
+    max_cost_refusal,
+    tier_required,
+)
 from swapper.selection import Choice, Ranking, Table
 
 # A refused hold is tried again with what the budgets then have room for. Each time others took
@@ -170,18 +176,16 @@ def select_own(asking: Asking, own: OwnKeys) -> dict[str, Any]:
     if not own.budgets:
         words = f"Own keys at an address of one's own {FROM}"
         raise CannotServe(tier_required(row.effective_tier, "full_provider_config", words))
-    query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation, pace=0.0)
+    query = asking.query(max_price_per_1k=None, money_utilisation=own.utilisation, pace=None)
     ranking = asking.rank(own.table, query, own.learned)
     ranking.excluded.update(own.excluded)
     if not len(ranking):
+        extra: dict[str, Any] = {"task_type": query.task_type, "excluded": ranking.excluded}
+        words = "No model at the account's own keys, with a known price, can do this."
         raise CannotServe(
-            max_cost_refusal(own.table, ranking)
-            or Unavailable(
-                "No model at the account's own keys, with a known price, can do this.",
-                code="no_model",
-                task_type=query.task_type,
-                excluded=ranking.excluded,
-            )
+            all_down(ranking, extra)
+            or max_cost_refusal(own.table, ranking)
+            or Unavailable(words, code="no_model", **extra)
         )
     return hold_on_budgets(asking, own, ranking)
 

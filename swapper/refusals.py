@@ -28,6 +28,11 @@ def in_words(candidate: Candidate | None) -> dict[str, Any] | None:
     return {**candidate.card.as_json(), "estimated_cost": plain(candidate.estimate_usd)}
 
 
+def suggestion(ranking: Ranking) -> Candidate | None:
+    """The cheapest model that would fit, of those that are not known to have failed to answer."""
+    return ranking.cheapest(but=ranking.knowledge.unproven)
+
+
 def tier_required(tier: str, flag: str, words: str, **extra: Any) -> Forbidden:
     """403 that names the lowest tier with ``flag``; ``words`` may use {needed} and {tier}."""
     needed = Tier.objects.filter(**{flag: True}).order_by("rank").first()
@@ -51,19 +56,26 @@ def nothing_serves(
         return down
     if too_dear := max_cost_refusal(snapshot.table, ranking):
         return too_dear
-    if ranking.excluded.get("tier_price"):
-        for tier in snapshot.tiers.values():
-            higher = dataclasses.replace(query, max_price_per_1k=tier.max_price_per_1k_usd)
-            if len(selection.rank(snapshot.table, higher)):
-                return Forbidden(
-                    f"The models for this are too dear for {caller.row.effective_tier};"
-                    f" {tier.code} may use them.",
-                    code="tier_required",
-                    tier=caller.row.effective_tier,
-                    tier_needed=tier.code,
-                    **extra,
-                )
+    if ranking.excluded.get("tier_price") and (tier := tier_with_models(snapshot, ranking)):
+        return Forbidden(
+            f"The models for this are too dear for {caller.row.effective_tier};"
+            f" {tier} may use them.",
+            code="tier_required",
+            tier=caller.row.effective_tier,
+            tier_needed=tier,
+            **extra,
+        )
     return Unavailable("No enabled model with a known price can do this.", code="no_model", **extra)
+
+
+def tier_with_models(snapshot: Snapshot, ranking: Ranking) -> str | None:
+    """The lowest tier with a model for this that answers at present, or else with any."""
+    for knowledge in (ranking.knowledge, None):
+        for tier in snapshot.tiers.values():
+            query = dataclasses.replace(ranking.query, max_price_per_1k=tier.max_price_per_1k_usd)
+            if len(selection.rank(snapshot.table, query, knowledge)):
+                return tier.code
+    return None
 
 
 def all_at_their_rate(
@@ -108,13 +120,13 @@ def max_cost_refusal(table: selection.Table, ranking: Ranking) -> MswapError | N
     query = ranking.query
     if not ranking.excluded.get("max_cost"):
         return None
-    without = selection.rank(table, dataclasses.replace(query, max_cost=None))
+    without = selection.rank(table, dataclasses.replace(query, max_cost=None), ranking.knowledge)
     return MswapError(
         "Every model that could serve costs more than max_cost.",
         code="max_cost_exceeded",
         status=402,
         requested=plain(query.max_cost or Decimal(0)),
-        cheapest_fit=in_words(without.cheapest()),
+        cheapest_fit=in_words(suggestion(without)),
         task_type=query.task_type,
         excluded=ranking.excluded,
     )
@@ -123,7 +135,7 @@ def max_cost_refusal(table: selection.Table, ranking: Ranking) -> MswapError | N
 def refusal(refused: ledger.Refused, ranking: Ranking, choice: Choice) -> MswapError:
     """The ledger's refusal as an answer that explains itself."""
     requested = choice.hold_usd
-    cheapest = ranking.cheapest()
+    cheapest = suggestion(ranking)
     match refused.rule:
         case "account_stopped":
             return emergency(
@@ -168,7 +180,7 @@ def budget_refusal(refused: ledger.Refused, ranking: Ranking, choice: Choice) ->
     [budget] = refused.budgets
     state = next(state for state in budget.limits if state.kind.name == refused.rule)
     error = limit_refusal(
-        state, refused.at, choice.hold_usd, ranking.query.tokens, ranking.cheapest()
+        state, refused.at, choice.hold_usd, ranking.query.tokens, suggestion(ranking)
     )
     error.extra["provider_id"] = budget.id
     return error

@@ -22,10 +22,12 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
+from allauth.account.internal.flows.login import record_authentication
 from allauth.account.models import EmailAddress
 from django.apps import apps
 from django.contrib.auth.models import User
 from django.db import connection, transaction
+from django.http import HttpRequest
 from django.test import Client
 from django.urls import Resolver404, resolve
 
@@ -133,6 +135,18 @@ def bob(db: None) -> Account:
 @pytest.fixture
 def staff(db: None) -> User:
     return User.objects.create(username="staff", is_staff=True, is_superuser=True)
+
+
+def signed_in(user: User, *, just_now: bool = True) -> Client:
+    """A browser of ``user``'s; ``just_now``: the password was given again this moment."""
+    client = Client()
+    client.force_login(user, backend="django.contrib.auth.backends.ModelBackend")
+    if just_now:
+        request = HttpRequest()
+        request.session = session = client.session
+        record_authentication(request, user, "password", reauthenticated=True)
+        session.save()
+    return client
 
 
 def limits(account: Account, **values: Any) -> Tier:

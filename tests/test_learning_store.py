@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from django.test import Client
+from django.contrib.auth.models import User
 from django.utils import timezone
 
 from billing.models import Account, Hold
@@ -26,7 +26,7 @@ from swapper.learner import Learner
 from swapper.learning.breakers import Breaker
 from swapper.models import BreakerEvent, LearnedState, Model, Outcome, TaskPerformance
 from swapper.usage import expire
-from tests.conftest import Caller, Shelf, caller, edit
+from tests.conftest import Caller, Shelf, caller, edit, signed_in
 from tests.server import ROOT, Server, database_url, environment, server  # noqa: F401 (fixture)
 
 WORDS = {"success": False, "completion_tokens": 0}
@@ -325,27 +325,28 @@ def test_holds_grow_where_calls_run_past_their_estimates(
 
 
 def test_staff_see_who_tripped_and_why_and_force_with_a_reason(
-    automodel: Caller, alice: Account, shelf: Shelf, admin_client: Client
+    automodel: Caller, alice: Account, shelf: Shelf, staff: User
 ):
+    browser = signed_in(staff)
     for _ in range(3):
         use(automodel, **WORDS, error_kind="timeout")
     learn()
-    page = admin_client.get("/admin/swapper/breaker/").content.decode()
+    page = browser.get("/admin/swapper/breaker/").content.decode()
     assert "large" in page and "3 in a row: timeout" in page
     row = LearnedState.objects.get(kind="model")
     change = f"/admin/swapper/breaker/{row.pk}/change/"
-    assert "opened" in admin_client.get(change).content.decode()
+    assert "opened" in browser.get(change).content.decode()
     assert chosen(automodel) == "medium"
-    response = admin_client.post(change, {"force": "closed"})
+    response = browser.post(change, {"force": "closed"})
     assert response.status_code == 200, "not without a reason"
-    admin_client.post(change, {"force": "closed", "reason": "known false alarm"})
+    browser.post(change, {"force": "closed", "reason": "known false alarm"})
     assert chosen(automodel) == "large"
-    admin_client.post(change, {"force": "open", "reason": "contract ended"})
+    browser.post(change, {"force": "open", "reason": "contract ended"})
     assert chosen(automodel) == "medium"
     said = [(e.what, e.reason, e.by) for e in BreakerEvent.objects.all()]
     assert said == [
-        ("forced open", "contract ended", "admin"),
-        ("forced closed", "known false alarm", "admin"),
+        ("forced open", "contract ended", "staff"),
+        ("forced closed", "known false alarm", "staff"),
         ("opened", "3 in a row: timeout", ""),
     ]
     learn()

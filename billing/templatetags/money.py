@@ -140,6 +140,25 @@ def rate_percent(value: Decimal | None) -> str:
 
 
 @register.filter
+def signed(value: float) -> str:
+    """A number with its sign, three places: ``+0.912``, ``−0.028``; what rounds to nothing, 0."""
+    text = f"{abs(value):.3f}"
+    return "0" if not float(text) else f"{'−' if value < 0 else '+'}{text}"
+
+
+@register.filter
+def times(value: float) -> str:
+    """A factor, as ``1.25×``."""
+    return f"{value:.2f}×"
+
+
+@register.filter
+def whole_percent(value: float) -> str:
+    """A share of 0–1, rounded down: 100 % is really all of it."""
+    return f"{int(value * 100 + 1e-9)} %"
+
+
+@register.filter
 def plainly(value: object) -> str:
     """A value of a request's JSON as people write it."""
     if isinstance(value, bool):

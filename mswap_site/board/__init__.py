@@ -1,8 +1,9 @@
 """Is anything wrong? What staff see first, each part read by one statement, however much there is.
 
 What a part reads is one of: an index (open trips, open holds, unusable keys), a rollup (the
-system's hour, usage by hour), a row that a job in the background wrote (LastRun), or for limits the
-meters, which are one row per account and not one per request.
+system's hour, usage by hour), a row that a job in the background wrote (LastRun), the breakers,
+which are one for each model and provider, or for limits the meters, which are one row per account
+and not one per request.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PARTS: tuple[tuple[str | None, Callable[[Reading], Part]], ...] = (
     ("billing.view_account", money.limits),
     ("billing.view_breakertrip", money.stops),
     ("swapper.view_model", work.failing_models),
+    ("swapper.view_breaker", work.breakers),
     ("swapper.view_provider", work.failing_keys),
     ("billing.view_hold", money.stuck_holds),
     ("billing.view_hold", money.ledger),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
+import msgspec
 from django.utils.html import format_html
 
 from billing.limits import window_start
 from mswap_site.board.parts import SHOWN, Part, Reading, Row, counted, query
 from mswap_site.models import LastRun
+from swapper.learning.breakers import Breaker
 from swapper.models import UNUSABLE_KEY, KeyState
+from swapper.standing import not_closed
 
 # A model fails when this many calls and this share of them did.
 FAILURES = 5
@@ -57,6 +60,56 @@ def failing_models(reading: Reading) -> Part:
         more=total - len(rows),
         url=reading.link("swapper_model_changelist"),
     )
+
+
+def breakers(reading: Reading) -> Part:
+    """Our models and providers that do not answer, as selections see it."""
+    found = query(
+        f"""
+        SELECT s.id, COALESCE(m.name, p.name, s.key), s.kind, s.state::text, count(*) OVER ()
+        FROM swapper_learnedstate s
+        LEFT JOIN models m ON s.kind = 'model' AND m.id::text = s.key
+        LEFT JOIN providers p ON p.id::text = COALESCE(m.provider_id::text, s.key)
+        WHERE s.kind IN ('model', 'provider') AND p.account_id IS NULL
+            AND COALESCE(s.state ->> 'forced', 'open') = 'open' AND {not_closed("s.state")}
+        ORDER BY s.updated_at DESC LIMIT %(shown)s
+        """,
+        now=reading.at.timestamp(),
+        shown=SHOWN,
+    )
+    rows = tuple(
+        Row(
+            name if kind == "model" else f"{name} (provider)",
+            tripped(msgspec.json.decode(state, type=Breaker), reading),
+            reading.link("swapper_breaker_change", pk),
+        )
+        for pk, name, kind, state, _ in found
+    )
+    total = found[0][-1] if found else 0
+    return Part(
+        "breakers",
+        "Breakers",
+        f"{counted(total, 'breaker is', 'breakers are')} not closed: requests go elsewhere."
+        if total
+        else "All are closed: every model and provider answers.",
+        wrong=bool(total),
+        rows=rows,
+        more=total - len(rows),
+        url=reading.link("swapper_breaker_changelist", query="?now=open"),
+    )
+
+
+def tripped(breaker: Breaker, reading: Reading) -> str:
+    """Why a breaker is not closed, and since when."""
+    if breaker.forced is not None:
+        since, why = breaker.since, f"forced open: {breaker.forced_reason}"
+    elif reading.at.timestamp() < breaker.limited_until:
+        until = datetime.fromtimestamp(breaker.limited_until, UTC)
+        return f"asked to be left alone until {until:%H:%M:%S} UTC"
+    else:
+        half = breaker.standing(reading.at.timestamp()) == "half_open"
+        since, why = breaker.since, breaker.reason + (", half-open" if half else "")
+    return format_html("{}, {}", why, reading.since(datetime.fromtimestamp(since, UTC)))
 
 
 def failing_keys(reading: Reading) -> Part:

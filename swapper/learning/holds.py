@@ -19,6 +19,8 @@ OCTAVES = 4
 QUANTILE = 0.95
 # A hold grows at most this much: beyond, the estimate is not one.
 MAX_FACTOR = 4.0
+# Who mostly uses less than this share of an estimate is told that it is too high.
+FAR_LESS = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ class Ratios:
         return min(MAX_FACTOR, max(1.0, self.quantile(QUANTILE)))
 
     @property
+    def usual(self) -> float:
+        """What share of an estimate is used by half of the calls or more."""
+        return self.quantile(0.5)
+
+    @property
     def overestimates(self) -> bool:
         """Whether calls mostly take less than four fifths of what is estimated."""
-        return self.quantile(0.5) < 0.8
+        return self.usual < FAR_LESS

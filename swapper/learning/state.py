@@ -241,7 +241,7 @@ class Learned:
         for model, breaker in troubles.models.items():
             if model in table.index:
                 answers[table.index[model]] = 1 - breaker.doubt(now)
-        barred, probes = self._standing(table, now)
+        barred, probes, unproven = self._standing(table, now)
         quality, weight = beliefs.of(task)
         row = beliefs.row[task]
         return Knowledge(
@@ -254,6 +254,7 @@ class Learned:
             before=beliefs.before[row],
             barred=barred,
             probes=probes,
+            unproven=unproven,
         )
 
     def beliefs(self, table: Table, *tasks: str) -> Beliefs:
@@ -271,11 +272,12 @@ class Learned:
             found.put_global(name, everywhere)
         return found
 
-    def _standing(self, table: Table, now: float) -> tuple[dict[str, Mask], Mask]:
-        """The models that breakers keep out, by rule, and those that take a probe."""
+    def _standing(self, table: Table, now: float) -> tuple[dict[str, Mask], Mask, Mask]:
+        """The models that breakers keep out, by rule, those that take a probe, and all whose
+        breaker is half-open."""
         nobody = np.zeros(len(table.cards), dtype=np.bool_)
         barred: dict[str, Mask] = {}
-        probes = nobody
+        probes = unproven = nobody
         troubles = self.troubles()
         for rule, breakers in (
             ("model_down", troubles.models),
@@ -283,14 +285,18 @@ class Learned:
         ):
             for key, breaker in breakers.items():
                 standing = breaker.standing(now)
-                if standing == "closed" or breaker.waits_long(now):
+                if standing == "closed":
                     continue
                 which = table.of_providers([key]) if rule == "provider_down" else table.only(key)
+                if standing == "half_open":
+                    unproven = unproven | which
+                if breaker.waits_long(now):
+                    continue
                 if breaker.takes_probe(now):
                     probes = probes | which
                 else:
                     barred[rule] = barred.get(rule, nobody) | which
-        return barred, probes
+        return barred, probes, unproven
 
 
 class Beliefs:

@@ -16,7 +16,7 @@ from billing.budgets import BudgetState, budgets_of
 from billing.limits import LENGTHS, LIMITS, LimitState, LimitStates
 from billing.models import Tier
 from mswap_site.pages import AccountRequest, account_page, fragment_or_page
-from swapper import history, own_keys, spending, totals
+from swapper import history, own_keys, spending, standing, totals
 from swapper.context import account_row
 from swapper.days import Days
 
@@ -165,8 +165,19 @@ def live(request: AccountRequest) -> dict[str, Any]:
         "own_key_spend": {name: Decimal(total["own_key_cost"]) for name, total in sums.items()},
         "own_keys": own_keys_of(account.pk),
         "notices": own_keys.notices(account.pk),
+        "outages": standing.outages(account.pk, row.read_at),
+        "estimates": standing.estimates(account.pk),
+        "day_pace": day_pace_of(row, limits),
         "recent": history.recent(account.pk),
     }
+
+
+def day_pace_of(row: Any, limits: LimitStates) -> float | None:
+    """Spending over an even day's so far; None where the account does not pace itself, or has no
+    limit to pace towards."""
+    if not row.pacing or limits["usd_per_day"].limit is None:
+        return None
+    return limits.day_pace(row.read_at)
 
 
 def charts(request: AccountRequest) -> dict[str, Any]:

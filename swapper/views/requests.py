@@ -11,12 +11,13 @@ from django.utils import timezone
 from billing.models import Hold
 from mswap_site.pages import AccountRequest, account_page, fragment_or_page
 from swapper import history
+from swapper.story import request_story
 
 
 @account_page
 def request_page(request: AccountRequest, request_id: UUID) -> HttpResponse:
     try:
-        story = history.request_story(request.account.pk, request_id)
+        story = request_story(request.account.pk, request_id)
     except Hold.DoesNotExist:
         raise Http404 from None
     return render(request, "swapper/request.html", {"story": story, "hold": story.hold})

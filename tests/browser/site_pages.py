@@ -115,6 +115,10 @@ class Cast:
         self.key = account.providers.get(provider_type="openai")
         self.token, _ = token_create("Laptop", ("select", "usage"), account=account)
         self.request = stage.spend(self.owner, 6)[-1]
+        best = stage.select(self.owner, priority="critical").json["selected_model_id"]
+        stage.learn()
+        self.breaker = stage.trip(best)
+        self.explained = stage.select(self.owner, priority="critical").json["request_id"]
         stage.report(stage.select(self.owner).json, success=False, error_kind="timeout")
         stage.select(self.owner, estimated_tokens=9000)
         stage.select(self.owner)
@@ -151,6 +155,7 @@ class Cast:
         yield page("activity")
         yield page("activity", who="newcomer", as_="activity-empty")
         yield page("request", self.request)
+        yield page("request", self.explained, as_="request-explained")
         yield page("holds")
         yield page("holds", who="newcomer", as_="holds-empty")
         yield page("keys")
@@ -242,6 +247,13 @@ class Cast:
         trip = BreakerTrip.objects.get(account=self.stopped.account, reset_at=None)
         reset = reverse("admin:billing_breakertrip_reset") + f"?ids={trip.pk}"
         yield Page("admin-reset", "staff", ("admin:billing_breakertrip_reset",), reset)
+        why = reverse("admin:billing_hold_why", args=[self.request])
+        yield Page("admin-why", "staff", ("admin:billing_hold_why",), why)
+        breakers = "admin:swapper_breaker_"
+        tripped = reverse(f"{breakers}change", args=[self.breaker.pk])
+        yield Page("admin-breaker-tripped", "staff", (f"{breakers}change",), tripped)
+        add = reverse(f"{breakers}add")
+        yield Page("admin-breaker-add", "staff", (f"{breakers}add",), add)
         lists = sorted(name for name in url_names() if re.match(r"admin:\w+_changelist$", name))
         for name in lists:
             short = name.removeprefix("admin:").removesuffix("_changelist").replace("_", "-")

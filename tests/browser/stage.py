@@ -30,6 +30,10 @@ from django.test import Client
 
 from billing.accounts import account_get_or_create
 from billing.models import Account
+from swapper.learned import save_breakers
+from swapper.learner import Learner
+from swapper.learning.breakers import Breaker
+from swapper.models import LearnedState
 from swapper.models import Model as SystemModel
 from tests.server import ROOT, Server
 
@@ -156,6 +160,20 @@ class Stage:
             assert reported.status == 201, reported.body
             ids.append(answer.json["request_id"])
         return ids
+
+    def learn(self) -> None:
+        """What was reported so far, as the worker does."""
+        while Learner().once():
+            pass
+
+    def trip(self, model_id: str) -> LearnedState:
+        """The model's breaker, open for an hour; every process knows it when this returns."""
+        now = time.time()
+        tripped = Breaker(tripped=True, reason="3 in a row: timeout", since=now, until=now + 3600)
+        save_breakers({("model", model_id): tripped})
+        # Twice as long as processes take to look.
+        time.sleep(1)
+        return LearnedState.objects.get(kind="model", key=model_id)
 
     def spend_usd(self, person: Person, usd: float) -> None:
         """Spend about so much at once: another, dear model answered, at great length."""

@@ -11,6 +11,7 @@ from allauth.account.models import EmailAddress
 from playwright.sync_api import expect
 
 from billing.models import Account, BreakerTrip, Tier
+from swapper.learned import force
 from tests.browser.stage import PASSWORD, Person, Stage, says, totp
 
 
@@ -201,6 +202,52 @@ def test_a_token_is_made_copied_used_and_revoked(stage: Stage):
     page.get_by_role("button", name="Revoke").click()
     says(page, "“Laptop” is revoked")
     assert stage.server.call("GET", "me", token=token).status == 401
+
+
+def test_staff_force_a_breaker_and_the_next_request_says_so(stage: Stage):
+    person = stage.person("wanda", "BIGCHONK")
+    staff = stage.page(stage.person("walt", is_staff=True, is_superuser=True))
+    first = stage.select(person, priority="critical").json
+    model = first["selected_model_name"]
+    assert stage.report(first, quality=0.9).status == 201
+    stage.learn()
+
+    page = stage.page(person)
+    page.goto("/")
+    page.locator(f"#r-{first['request_id']}").click()
+    says(page, f"Why {model}")
+    chosen = page.locator(".candidates li.chosen")
+    expect(chosen).to_have_count(1)
+    expect(chosen).to_contain_text(model)
+    expect(chosen).to_contain_text("±")
+    # The bar's parts are side by side, and the mark is where they end.
+    bars = chosen.locator("svg.parts")
+    edge = bars.locator(".part-cost").first.evaluate("e => e.getBoundingClientRect().right")
+    zero = bars.locator(".zero").evaluate("e => e.getBoundingClientRect().right")
+    assert abs(edge - zero) < 2
+    page.get_by_text("How to read the bars").click()
+    says(page, "What is right of the thin line counts for a model")
+
+    staff.goto(f"/admin/swapper/breaker/?q={model}")
+    staff.locator("#result_list tbody th a").first.click()
+    staff.get_by_label("Keep it open: not used").check()
+    staff.get_by_label("Reason").fill("maintenance of theirs")
+    staff.get_by_role("button", name="Save", exact=True).click()
+    says(staff, "was changed successfully")
+    time.sleep(1)  # twice as long as processes take to look
+    try:
+        second = stage.select(person, priority="critical").json
+        assert second["selected_model_name"] != model
+        page.goto(f"/requests/{second['request_id']}/")
+        says(page, f"{model} would rank higher, but it does not answer at present.")
+        says(page, "does not answer at present: its breaker is open")
+        page.goto("/")
+        says(page, f"{model}: is kept out of use by our staff")
+        staff.goto("/admin/")
+        says(staff.locator("#part-breakers"), "forced open: maintenance of theirs")
+    finally:
+        force("model", first["selected_model_id"], None, reason="over", by="walt")
+        time.sleep(1)
 
 
 def test_an_export_holds_every_call_to_the_last_digit(stage: Stage):

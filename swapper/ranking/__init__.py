@@ -1,0 +1,1 @@
+"""What ``swapper.selection`` ranks by and answers with. Pure, as it is."""
