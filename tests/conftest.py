@@ -37,7 +37,7 @@ from billing.models import Account, Tier
 from keys import authentication
 from keys.tokens import token_create
 from keys.vault import seal_for
-from swapper.catalogue import catalogue
+from swapper.catalogue import _schedules, catalogue
 from swapper.learned import serving
 from swapper.models import KeyState, Model, Price, Provider, TaskType
 
@@ -51,6 +51,8 @@ def forget_processes_memory() -> Iterator[None]:
     authentication._last_used.clear()
     catalogue._snapshot = None
     catalogue._fingerprint = None
+    # By the id of a price, which may be another one in the next test.
+    _schedules.clear()
     serving.forget()
 
 
