@@ -19,7 +19,7 @@ run: .venv/run
 	$(BIN)/python manage.py run --port $(PORT) --traffic $(TRAFFIC) --history $(HISTORY)
 
 test: lint chromium
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The pages are tested in a real browser. Without one those tests are skipped (in CI they fail).
 chromium:
