@@ -14,6 +14,8 @@ from swapper.learning.holds import Ratios
 
 # Models used in this time are the account's.
 USED_WITHIN = timedelta(days=7)
+# Of a provider's models, so many are named.
+NAMED = 3
 
 
 def not_closed(state: str) -> str:
@@ -27,14 +29,15 @@ WITH used AS (
     SELECT DISTINCT model_id FROM swapper_usageday
     WHERE account_id = %(account)s AND day >= %(since)s AND calls > 0
 )
-SELECT m.name, s.kind, s.state::text
-FROM used u JOIN models m ON m.id = u.model_id
+SELECT k.kind, k.name, array_agg(DISTINCT m.name ORDER BY m.name), s.state::text
+FROM used u JOIN models m ON m.id = u.model_id JOIN providers p ON p.id = m.provider_id
 CROSS JOIN LATERAL (
-    VALUES ('model', m.id::text), ('provider', m.provider_id::text)
-) k(kind, key)
+    VALUES ('model', m.id::text, m.name), ('provider', p.id::text, p.name)
+) k(kind, key, name)
 JOIN swapper_learnedstate s ON s.kind = k.kind AND s.key = k.key
 WHERE {not_closed("s.state")}
-ORDER BY m.name, s.kind
+GROUP BY k.kind, k.key, k.name, s.state
+ORDER BY k.kind DESC, k.name
 """
 
 ESTIMATES = """
@@ -48,10 +51,18 @@ ORDER BY t.name, k.side DESC
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """A model that the account used lately and that gets no requests, or only a probe."""
+    """A model that the account used lately, or the provider of such ``models``, that gets no
+    requests, or only a probe."""
 
-    model: str
+    name: str
     words: str
+    models: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> str:
+        """Some of the models."""
+        more = len(self.models) - NAMED
+        return ", ".join(self.models[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +81,35 @@ class Estimate:
 
 
 def outages(account_id: int, at: datetime) -> list[Outage]:
-    """Of the models that the account used lately, those whose breaker, or provider's, is not
-    closed; each once."""
+    """Of the models that the account used lately and their providers, those whose breaker is not
+    closed; nothing of a model whose provider is said to be out."""
     asked = {
         "account": account_id,
         "since": (at - USED_WITHIN).astimezone(UTC).date(),
         "now": at.timestamp(),
     }
-    found: dict[str, Outage] = {}
-    for name, kind, state in rows(OUTAGES, asked):
+    found: list[Outage] = []
+    for kind, name, models, state in rows(OUTAGES, asked):
         breaker = msgspec.json.decode(state, type=Breaker)
-        if name not in found and breaker.standing(at.timestamp()) != "closed":
-            found[name] = Outage(name, in_words(breaker, kind, at))
-    return list(found.values())
+        if breaker.standing(at.timestamp()) == "closed":
+            continue
+        if kind == "provider":
+            found.append(Outage(name, in_words(breaker, at), tuple(models)))
+        elif not any(name in outage.models for outage in found):
+            found.append(Outage(name, in_words(breaker, at)))
+    return found
 
 
-def in_words(breaker: Breaker, kind: str, at: datetime) -> str:
+def in_words(breaker: Breaker, at: datetime) -> str:
     """What of a breaker that is not closed is for users to know."""
-    whose = "" if kind == "model" else "its provider "
     if breaker.forced is not None:
-        return f"{whose}is kept out of use by our staff"
+        return "is kept out of use by our staff"
     if at.timestamp() < breaker.limited_until:
         until = datetime.fromtimestamp(breaker.limited_until, UTC)
-        return f"its provider asked for a pause until {until:%H:%M:%S} UTC"
+        return f"asked for a pause until {until:%H:%M:%S} UTC"
     if breaker.standing(at.timestamp()) == "half_open":
-        return f"{whose}failed to answer; single requests find out whether it does again"
-    return f"{whose}does not answer at present ({breaker.reason})"
+        return "failed to answer; single requests find out whether it does again"
+    return f"does not answer at present ({breaker.reason})"
 
 
 def estimates(account_id: int) -> list[Estimate]:

@@ -12,14 +12,16 @@ from django.contrib.auth.models import Permission, User
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 from django.utils.html import strip_tags
 
+from billing.limits import window_start
 from billing.models import Account, AccountSettings
 from mswap_site import board
 from swapper import learned
 from swapper.learned import force, read_breakers, save_breakers
 from swapper.learning.breakers import Breaker
-from swapper.models import BreakerEvent, LearnedState
+from swapper.models import BreakerEvent, LearnedState, UsageHour
 from tests.conftest import Caller, Shelf, limits, make_model, make_own_key, signed_in
 from tests.test_reasons import down, estimate, half_open
 
@@ -155,6 +157,31 @@ def browser(alice: Account) -> Client:
     assert alice.user is not None
     client.force_login(alice.user)
     return client
+
+
+def test_the_overview_names_a_provider_once_with_the_models_in_use_there(
+    browser: Client, alice: Account, shelf: Shelf
+):
+    provider = shelf.large.provider
+    names = ["alpha", "beta", "delta", "gamma", "omega"]
+    models = [make_model(provider, name, "0.001") for name in names]
+    UsageHour.objects.bulk_create(
+        UsageHour(
+            account=alice, hour=window_start("hour", timezone.now()), model=model, own_key=False,
+            calls=1, successes=1, prompt_tokens=1, completion_tokens=1, cost=0, latency_ms=1,
+        )
+        for model in models
+    )  # fmt: skip
+    down(models[0])
+    with learned.changing():
+        paused = Breaker().limited(60, time.time())
+        save_breakers({("provider", str(provider.pk)): paused})
+    text = text_of(browser.get("/"))
+    assert f"{provider.name}: asked for a pause until " in text
+    assert "UTC (alpha, beta, delta and 2 more). Requests go to other models meanwhile." in text
+    assert text.count("Requests go to other models") == 1
+    learned.force("provider", str(provider.pk), "closed", reason="they may", by="staff")
+    assert "alpha: does not answer" in text_of(browser.get("/"))
 
 
 def test_the_overview_names_models_in_use_that_do_not_answer(

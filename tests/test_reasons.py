@@ -133,7 +133,11 @@ def test_a_reprobe_says_that_the_model_got_worse_and_what_it_is_instead_of(
     ("rule", "words"),
     [
         ("model_down", "large would rank higher, but it does not answer at present."),
-        ("provider_down", "large would rank higher, but its provider does not answer at present."),
+        (
+            "provider_down",
+            "large would rank higher, but its provider does not answer at present, or asked for a"
+            " pause.",
+        ),
         ("awaits_probe", "large would rank higher, but it is not known yet whether it answers"),
         ("rate_limited", "large would rank higher, but its provider has reached its limit"),
     ],

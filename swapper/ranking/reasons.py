@@ -11,7 +11,7 @@ from swapper.ranking.weights import EXPLORING, PRESSURE_FROM
 # What is left out for a while although it may be better. Other rules are the request's own.
 FOR_NOW = {
     "model_down": "it does not answer at present",
-    "provider_down": "its provider does not answer at present",
+    "provider_down": "its provider does not answer at present, or asked for a pause",
     "awaits_probe": "it is not known yet whether it answers again",
     "rate_limited": "its provider has reached its limit per minute",
 }
