@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -165,7 +166,7 @@ class Random:
         pass
 
 
-class Bandit:
+class Bandit(ABC):
     """Sums of quality per task and model, a failure being 0; how to choose is the subclass's."""
 
     def __init__(self, world: World, seed: int) -> None:
@@ -182,8 +183,9 @@ class Bandit:
         quality = self.quality(self.good[task], self.count[task])
         return int((quality - self.cost(index)).argmax())
 
+    @abstractmethod
     def quality(self, good: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
-        raise NotImplementedError
+        """What each model is taken to be worth, from its sums at a task."""
 
     def hear(self, index: int, model: int, call: Call, at: float) -> None:
         task = self.world.task[index]
